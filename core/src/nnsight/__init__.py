@@ -1,0 +1,88 @@
+"""Read and change the inside of a running PyTorch model.
+
+Importing this package loads nothing but the standard library: every public name is fetched from its module when it is
+first used. A name that is not the core's own is looked up among the plugins (entry-point group `nnsight.exports`).
+"""
+
+from __future__ import annotations
+
+from nnsight._version import __version__ as __version__
+
+TYPE_CHECKING = False  # type checkers take this name as true; importing `typing` would double the import time
+if TYPE_CHECKING:
+    from typing import Any
+
+    from nnsight._compat import Object as Object
+    from nnsight.config import CONFIG as CONFIG
+    from nnsight.errors import ConfigError as ConfigError
+    from nnsight.errors import ConfigWarning as ConfigWarning
+    from nnsight.errors import DeadlockError as DeadlockError
+    from nnsight.errors import InputError as InputError
+    from nnsight.errors import MissedProviderError as MissedProviderError
+    from nnsight.errors import MissingPluginError as MissingPluginError
+    from nnsight.errors import NNsightError as NNsightError
+    from nnsight.errors import NoInputError as NoInputError
+    from nnsight.errors import NotInTreeError as NotInTreeError
+    from nnsight.errors import OrphanError as OrphanError
+    from nnsight.errors import OutOfOrderError as OutOfOrderError
+    from nnsight.errors import OutsideTraceError as OutsideTraceError
+    from nnsight.errors import PluginConflictError as PluginConflictError
+    from nnsight.errors import PluginDisabledError as PluginDisabledError
+    from nnsight.errors import PluginError as PluginError
+    from nnsight.errors import PluginWarning as PluginWarning
+    from nnsight.errors import SaveError as SaveError
+    from nnsight.errors import TracerStateError as TracerStateError
+    from nnsight.errors import UnknownPluginError as UnknownPluginError
+    from nnsight.errors import WrapError as WrapError
+    from nnsight.errors import WrongThreadError as WrongThreadError
+    from nnsight.hookspecs import hookimpl as hookimpl
+    from nnsight.kernel.interleaver import Interleaver as Interleaver
+    from nnsight.kernel.mediator import Mediator as Mediator
+    from nnsight.tracing.invoker import Invoker as Invoker
+    from nnsight.tracing.model import Envoy as Envoy
+    from nnsight.tracing.model import NNsight as NNsight
+    from nnsight.tracing.saving import save as save
+    from nnsight.tracing.tracer import Tracer as Tracer
+
+_PUBLIC = {
+    "nnsight._compat": ("Object",),
+    "nnsight.config": ("CONFIG",),
+    "nnsight.errors": (
+        "ConfigError", "ConfigWarning", "DeadlockError", "InputError", "MissedProviderError", "MissingPluginError",
+        "NNsightError", "NoInputError", "NotInTreeError", "OrphanError", "OutOfOrderError", "OutsideTraceError",
+        "PluginConflictError", "PluginDisabledError", "PluginError", "PluginWarning", "SaveError", "TracerStateError",
+        "UnknownPluginError", "WrapError", "WrongThreadError",
+    ),
+    "nnsight.hookspecs": ("hookimpl",),
+    "nnsight.kernel.interleaver": ("Interleaver",),
+    "nnsight.kernel.mediator": ("Mediator",),
+    "nnsight.tracing.invoker": ("Invoker",),
+    "nnsight.tracing.model": ("Envoy", "NNsight"),
+    "nnsight.tracing.saving": ("save",),
+    "nnsight.tracing.tracer": ("Tracer",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+_SUBMODULES = frozenset({"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "plugins"})
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):  # inspection asks for many of these; no plugin may provide one
+        raise AttributeError(f"module 'nnsight' has no attribute {name!r}")
+    from importlib import import_module  # lazy: a bare `import nnsight` needs none of it
+
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif name in _SUBMODULES:
+        return import_module(f"nnsight.{name}")
+    else:
+        from nnsight.plugins import exported
+
+        value = exported(name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from nnsight.plugins import names
+
+    return sorted({"__version__", *_MODULE_OF, *_SUBMODULES, *names("nnsight.exports")})

@@ -1,0 +1,91 @@
+"""Every error this library raises on purpose.
+
+All derive from `NNsightError` and from the builtin a caller would expect, so both `except NNsightError` and
+`except ValueError` work. One class per thing that a caller handles differently.
+"""
+
+from __future__ import annotations
+
+
+class NNsightError(Exception):
+    """Base of all errors raised by this library."""
+
+
+class MissedProviderError(NNsightError, ValueError):
+    """A location was requested that the run did not provide."""
+
+
+class OutOfOrderError(MissedProviderError):
+    """A location was requested after the run had already passed it."""
+
+
+class OutsideTraceError(NNsightError, ValueError):
+    """A value was requested where no block is open."""
+
+
+class NoInputError(NNsightError, ValueError):
+    """A trace had to run a model that needs an input, and got none."""
+
+
+class InputError(NNsightError, ValueError):
+    """The input given to a trace cannot be used."""
+
+
+class WrongThreadError(NNsightError, RuntimeError):
+    """A block was used or closed from a thread that is not its own."""
+
+
+class DeadlockError(NNsightError, RuntimeError):
+    """Every block waits for something that cannot happen any more."""
+
+
+class TracerStateError(NNsightError, RuntimeError):
+    """A tracer was entered twice, or used before it was entered."""
+
+
+class WrapError(NNsightError, TypeError):
+    """The object given cannot be wrapped."""
+
+
+class NotInTreeError(NNsightError, AttributeError):
+    """A name is neither a module of the tree nor an attribute of the module."""
+
+
+class OrphanError(NNsightError, ReferenceError):
+    """An envoy outlived the root that owns it."""
+
+
+class SaveError(NNsightError, ValueError):
+    """`save` was called where no block is open."""
+
+
+class PluginError(NNsightError, RuntimeError):
+    """A plugin could not be loaded or broke its contract."""
+
+
+class PluginConflictError(PluginError):
+    """Two distributions claim one name."""
+
+
+class MissingPluginError(NNsightError, ImportError):
+    """A known name is provided by a distribution that is not installed."""
+
+
+class ConfigError(NNsightError, ValueError):
+    """A configuration value cannot be read or used."""
+
+
+class PluginDisabledError(PluginError, ImportError):
+    """A name is provided by a plugin that the environment switches off."""
+
+
+class UnknownPluginError(PluginError, LookupError):
+    """No plugin provides this name, and none is known that would."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin was left out because it could not be loaded."""
+
+
+class ConfigWarning(UserWarning):
+    """A setting in the configuration file or the environment is not known."""

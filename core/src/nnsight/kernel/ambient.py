@@ -1,0 +1,213 @@
+"""The state of torch that belongs to a side: what held when a side stopped holds again when it goes on.
+
+Grad mode, autocast (enabled, dtype, cache), the torch function and dispatch mode stacks, saved-tensor hooks, default
+device, CUDA device and stream. Process-wide settings are left alone, and contextvars travel with the greenlet.
+Inference mode is the model's: a scope that the block opened is lifted while the model runs, one that the model opened
+holds for the block too (its tensors could not be edited otherwise).
+
+`probe` is called twice per switch. With nothing unusual set it returns the grad mode as a bool; anything else is a
+`Snapshot`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from threading import Thread
+from typing import Any
+
+import torch
+from torch._C import (
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import (
+    _pop_saved_tensors_default_hooks,
+    _push_saved_tensors_default_hooks,
+    _top_saved_tensors_default_hooks,
+)
+from torch.utils import _device
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+is_grad_enabled = torch.is_grad_enabled
+is_inference_mode_enabled = torch.is_inference_mode_enabled
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+class Snapshot:
+    """All of a side's ambient state, for the cases in which some of it is unusual."""
+
+    __slots__ = ("autocast", "autocast_cache", "cuda", "device", "dispatch", "functions", "grad", "inference", "saved_hooks")
+
+    def __init__(self) -> None:
+        self.grad = is_grad_enabled()
+        self.inference = is_inference_mode_enabled()
+        self.autocast = tuple(
+            (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in _AUTOCAST_DEVICES
+        )
+        self.autocast_cache = torch.is_autocast_cache_enabled()
+        self.functions = _function_modes()
+        self.dispatch = _get_current_dispatch_mode_stack()
+        self.saved_hooks = _saved_hooks()
+        self.device = (_device.CURRENT_DEVICE, getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None))
+        self.cuda = _cuda_state()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        return (
+            self.grad == other.grad
+            and self.inference == other.inference
+            and self.autocast == other.autocast
+            and self.autocast_cache == other.autocast_cache
+            and self.cuda == other.cuda
+            and _same(self.functions, other.functions)
+            and _same(self.dispatch, other.dispatch)
+            and len(self.saved_hooks) == len(other.saved_hooks)
+            and all(_same(a, b) for a, b in zip(self.saved_hooks, other.saved_hooks, strict=True))
+            and _same(self.device, other.device)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+State = bool | Snapshot
+
+
+def probe() -> State:
+    """Return the calling thread's ambient state: its grad mode when nothing else is set."""
+    if (
+        _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or _is_any_autocast_enabled()
+        or _top_saved_tensors_default_hooks(True) is not None
+        or is_inference_mode_enabled()
+        or torch.cuda._initialized  # type: ignore[attr-defined]
+    ):
+        return Snapshot()
+    return is_grad_enabled()
+
+
+def restore(wanted: State, now: State) -> None:
+    """Make `wanted` hold, given that `now` holds; inference mode is left as it is."""
+    if isinstance(wanted, bool) and isinstance(now, bool):
+        torch._C._set_grad_enabled(wanted)
+        return
+    # A plain state says that nothing but the grad mode is set: take both in full.
+    target, current = _full(wanted), _full(now)
+    if target == current:
+        return
+    _restore_autocast(target, current)
+    if not _same(target.functions, current.functions):
+        _set_function_modes(target.functions)
+    if not _same(target.dispatch, current.dispatch):
+        _set_dispatch_modes(target.dispatch)
+    if target.saved_hooks != current.saved_hooks:
+        _set_saved_hooks(target.saved_hooks)
+    _device.CURRENT_DEVICE = target.device[0]
+    torch._GLOBAL_DEVICE_CONTEXT.device_context = target.device[1]  # type: ignore[attr-defined]
+    if target.cuda != current.cuda and target.cuda is not None:
+        _set_cuda_state(target.cuda)
+    torch._C._set_grad_enabled(target.grad)
+
+
+def inference_scope(wanted: State, now: State) -> Any:
+    """Return a guard that gives inference mode as in `wanted` until it is dropped; None when it is so already."""
+    inference = isinstance(wanted, Snapshot) and wanted.inference
+    if inference is (isinstance(now, Snapshot) and now.inference):
+        return None
+    return torch._C._InferenceMode(inference)
+
+
+def _full(state: State) -> Snapshot:
+    if isinstance(state, Snapshot):
+        return state
+    plain = Snapshot.__new__(Snapshot)
+    plain.grad = state
+    plain.inference = False
+    plain.autocast = _default_autocast()
+    plain.autocast_cache = True
+    plain.functions = []
+    plain.dispatch = []
+    plain.saved_hooks = []
+    plain.device = (None, None)
+    plain.cuda = None
+    return plain
+
+
+@cache
+def _default_autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    """Return what autocast is where nobody has touched it: a new thread knows."""
+    found: list[tuple[bool, torch.dtype]] = []
+    thread = Thread(target=lambda: found.extend((False, torch.get_autocast_dtype(name)) for name in _AUTOCAST_DEVICES))
+    thread.start()
+    thread.join()
+    return tuple(found)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Compare two sequences by the identity of their items: modes may define `==` as they like."""
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _function_modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(i) for i in range(_len_torch_function_stack())]
+
+
+def _set_function_modes(modes: list[Any]) -> None:
+    while _len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def _set_dispatch_modes(modes: list[Any]) -> None:
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        _pop_mode(getattr(mode, "_mode_key", None))
+    for mode in modes:
+        _push_mode(mode)
+
+
+def _saved_hooks() -> list[tuple[Any, Any]]:
+    """Read the stack of saved-tensor hooks, outermost first (torch only shows its top)."""
+    hooks: list[tuple[Any, Any]] = []
+    while (top := _top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        _pop_saved_tensors_default_hooks()
+    hooks.reverse()
+    for pack, unpack in hooks:
+        _push_saved_tensors_default_hooks(pack, unpack)
+    return hooks
+
+
+def _set_saved_hooks(hooks: list[tuple[Any, Any]]) -> None:
+    while _top_saved_tensors_default_hooks(True) is not None:
+        _pop_saved_tensors_default_hooks()
+    for pack, unpack in hooks:
+        _push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _restore_autocast(target: Snapshot, current: Snapshot) -> None:
+    if target.autocast == current.autocast and target.autocast_cache == current.autocast_cache:
+        if target.grad != current.grad and any(enabled for enabled, _ in target.autocast):
+            torch.clear_autocast_cache()  # casts cached under no_grad carry no graph
+        return
+    for name, (enabled, dtype), now in zip(_AUTOCAST_DEVICES, target.autocast, current.autocast, strict=True):
+        if (enabled, dtype) != now:
+            torch.set_autocast_enabled(name, enabled)
+            torch.set_autocast_dtype(name, dtype)
+    torch.set_autocast_cache_enabled(target.autocast_cache)
+    torch.clear_autocast_cache()
+
+
+def _cuda_state() -> tuple[int, tuple[int, ...]] | None:
+    if not torch.cuda._initialized:  # type: ignore[attr-defined]
+        return None
+    device = torch._C._cuda_getDevice()
+    return device, tuple(torch._C._cuda_getCurrentStream(device))
+
+
+def _set_cuda_state(state: tuple[int, tuple[int, ...]]) -> None:
+    device, (stream, index, kind) = state
+    torch._C._cuda_setStream(stream, index, kind)
+    torch._C._cuda_setDevice(device)

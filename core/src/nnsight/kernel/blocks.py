@@ -1,0 +1,118 @@
+"""Which open block a piece of code belongs to: the one whose frame is innermost on the call stack.
+
+Frames decide because they are exact in generators, coroutines and helpers. A ContextVar is only a hint, for tasks that
+a block has started: their stack does not lead to it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextvars import ContextVar
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from nnsight.errors import OutsideTraceError, WrongThreadError
+
+if TYPE_CHECKING:
+    from nnsight.kernel.location import Tree
+    from nnsight.kernel.mediator import Mediator
+
+_open: dict[FrameType, list[Mediator]] = {}
+_hint: ContextVar[Mediator | None] = ContextVar("nnsight_block", default=None)
+
+OUTSIDE = (
+    "Cannot return {port} of Envoy `{path}`: no block of this model is open here, so there is no run to take it from. "
+    "Read and write values inside a `with model.trace(input):` block, in the code that the block runs."
+)
+
+
+def open_block(frame: FrameType, mediator: Mediator) -> None:
+    """Register a block whose body runs in `frame`."""
+    blocks = _open.get(frame)
+    if blocks is None:
+        _open[frame] = [mediator]
+    else:
+        blocks.append(mediator)
+    mediator.outer = _hint.get()
+    _hint.set(mediator)
+
+
+def close_block(frame: FrameType, mediator: Mediator) -> None:
+    """Forget a block, wherever it stands among the open ones."""
+    blocks = _open.get(frame)
+    if blocks is not None and mediator in blocks:
+        blocks.remove(mediator)
+        if not blocks:
+            del _open[frame]
+    if _hint.get() is mediator:
+        outer = mediator.outer
+        while outer is not None and not outer.is_open:
+            outer = outer.outer
+        _hint.set(outer)
+    mediator.outer = None
+
+
+def clear_hint() -> None:
+    """Make the calling context belong to no block."""
+    if _hint.get() is not None:
+        _hint.set(None)
+
+
+def innermost() -> Mediator | None:
+    """Return the innermost open block of the calling code, of whatever model."""
+    if not _open:
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        blocks = _open.get(frame)
+        if blocks is not None:
+            return blocks[-1]
+        frame = frame.f_back
+    hint = _hint.get()
+    return hint if hint is not None and hint.is_open else None
+
+
+def find(tree: Tree, depth: int = 1) -> Mediator | None:
+    """Return the innermost open block whose run is of `tree`, looking from `depth` frames above."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        blocks = _open.get(frame)
+        if blocks is not None:
+            for mediator in reversed(blocks):
+                if mediator.tree is tree:
+                    return mediator
+        frame = frame.f_back
+    hint = _hint.get()
+    while hint is not None:
+        if hint.is_open and hint.tree is tree:
+            return hint
+        hint = hint.outer
+    return None
+
+
+def require(tree: Tree, path: str, port: str) -> Mediator:
+    """Return the block that a request for a location belongs to.
+
+    Raises:
+        WrongThreadError: a block of this model is open, but in another thread.
+        OutsideTraceError: none is.
+    """
+    mediator = find(tree)
+    if mediator is not None:
+        return mediator
+    ident = threading.get_ident()
+    for blocks in list(_open.values()):
+        for other in blocks:
+            if other.tree is tree and other.thread != ident:
+                raise wrong_thread(f"`{path}.{port}`", other)
+    raise OutsideTraceError(OUTSIDE.format(port=port, path=path))
+
+
+def wrong_thread(what: str, mediator: Mediator) -> WrongThreadError:
+    """Return the error for a request that came from a thread that is not the block's."""
+    return WrongThreadError(
+        f"{what} was requested from thread {threading.get_ident()}, but the open block {mediator.where} belongs to "
+        f"thread {mediator.thread}. Read values in the block's own thread and hand them over, or open a trace of its "
+        "own in each thread: any number of threads may trace one model at once."
+    )

@@ -1,0 +1,109 @@
+"""Why a request cannot be met: the errors of a run, with the likely cause and the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nnsight.errors import MissedProviderError, OutOfOrderError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nnsight.kernel.interleaver import Interleaver
+    from nnsight.kernel.mediator import Mediator
+
+_FUSED = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
+
+
+def out_of_order(run: Interleaver, number: int, occurrence: int) -> OutOfOrderError:
+    """Return the error for a location that the run has passed."""
+    assert run.tree is not None
+    location = run.tree[number]
+    if run.at >= 0:
+        now = f"it stands at `{run.tree[run.at]}` (occurrence {run.counts[run.at] - 1})"
+    else:
+        now = f"it is {run.state.value}"
+    return OutOfOrderError(
+        f"Value was missed for `{location}`: occurrence {occurrence} of it was asked for, but the run has already "
+        f"passed it ({run.counts[number]} so far); now {now}. Ask for locations in the order in which the model runs "
+        "them, keep a value when you will need it later, or ask in an invoke of its own."
+    )
+
+
+def missed(run: Interleaver, wanted: dict[int, int]) -> MissedProviderError:
+    """Return the error for locations that the run has not reached and will not reach."""
+    assert run.tree is not None
+    names = " or ".join(f"`{run.tree[number]}`" for number in wanted)
+    number, occurrence = next(iter(wanted.items()))
+    return MissedProviderError(
+        f"Execution complete but {names} was not provided (occurrence {occurrence}; the run reached it "
+        f"{run.count(number)} times). Did you call an Envoy out of order? {_cause(run, number)}"
+    )
+
+
+def block_is_over(mediator: Mediator) -> MissedProviderError:
+    """Return the error for a request made through a block that has ended."""
+    return MissedProviderError(
+        "Execution complete but a value was requested: the block that it belongs to has ended. Values can only be "
+        "asked for inside the `with` block; keep what you need in a variable there."
+    )
+
+
+def _cause(run: Interleaver, number: int) -> str:
+    """Explain why a location was not reached."""
+    assert run.tree is not None
+    location = run.tree[number]
+    if run.counts[number]:
+        return "The model made fewer passes over it than the block asked for."
+    for path in run.skipped_paths:
+        if location.path.startswith(f"{path}."):
+            return f"It lies inside `{path}`, which was skipped, so nothing inside ran."
+    if location.port == "result":
+        return "The model was stopped before it returned."
+    module, parent = _module(run, location.path), _module(run, location.path.rpartition(".")[0])
+    if module is None:
+        return f"There is no module `{location.path}` in the model any more: it was replaced or removed after wrapping."
+    kind = type(module).__name__
+    if kind in ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict"):
+        return f"A {kind} only holds modules and is never called; ask for one of its items."
+    if parent is not None and type(parent).__name__ in _FUSED:
+        return _fused(type(parent).__name__, location.path)
+    above = _ancestor_that_ran(run, location.path)
+    return (
+        f"The {kind} was not called in this run"
+        + (f" although `{above}` was" if above else "")
+        + ": perhaps the branch that calls it was not taken, its parent uses its weights without calling it (or calls "
+        "its `.forward` directly), or it was called from another thread."
+    )
+
+
+def _fused(parent: str, path: str) -> str:
+    if parent == "MultiheadAttention":
+        return (
+            "MultiheadAttention uses the weights of this module in a fused function and never calls it; read the "
+            "attention module's own `.output`."
+        )
+    return (
+        f"In eval mode without gradients torch runs a {parent} as one fused C++ operation that calls none of its "
+        f"parts. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace to have `{path}` called."
+    )
+
+
+def _module(run: Interleaver, path: str) -> nn.Module | None:
+    """Return the module at a path as the model is now; None for a path that has none."""
+    module = run.module
+    for name in path.split(".")[1:]:
+        module = getattr(module, "_modules", {}).get(name)
+        if module is None:
+            return None
+    return module  # type: ignore[no-any-return]
+
+
+def _ancestor_that_ran(run: Interleaver, path: str) -> str:
+    assert run.tree is not None
+    called = {location.path for location, count in zip(run.tree.locations, run.counts, strict=False) if count}
+    while path:
+        path = path.rpartition(".")[0]
+        if path in called:
+            return path
+    return ""

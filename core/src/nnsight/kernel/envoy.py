@@ -1,0 +1,475 @@
+"""The mirror of a module: it turns `.output`, `.input`, `.inputs` and `.skip` into messages of the current block.
+
+Wrapping changes nothing on a module. The root owns its envoys; a child holds its module strongly, its parent and root
+weakly, so a model is freed without the cyclic collector.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self, overload
+
+import torch
+from torch import nn
+
+from nnsight.errors import NotInTreeError, OrphanError
+from nnsight.kernel import display
+from nnsight.kernel.blocks import find, require
+from nnsight.kernel.controller import Instrumentation
+from nnsight.kernel.location import ROOT, Tree
+from nnsight.kernel.mediator import Mediator
+
+ORPHAN = (
+    "The model that `{path}` belongs to is gone: an envoy does not keep its root alive. Keep the wrapper in a variable "
+    "(`model = NNsight(net)`) for as long as you use its parts."
+)
+
+
+class Envoy:
+    """Mirrors one module of a model.
+
+    Attribute access gives child envoys, and otherwise what the module has. Values are there only inside a block.
+    """
+
+    _module: nn.Module
+    _path: str
+    _tree: Tree
+    _number: int
+    _children: dict[str, Envoy]
+    _own: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._own = frozenset(name for name in dir(cls) if not name.startswith("__"))
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module's caller gets from it, after the user's own hooks. Only inside a block."""
+        try:
+            return self._block("output").read(self._number + 1)
+        except AttributeError as error:
+            raise self._keep(error)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._block("output").write(self._number + 1, value)
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the module's caller passes them: `(args, kwargs)`. Only inside a block."""
+        try:
+            found: tuple[tuple[Any, ...], dict[str, Any]] = self._block("inputs").read(self._number)
+            return found
+        except AttributeError as error:
+            raise self._keep(error)
+
+    @inputs.setter
+    def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        try:
+            args, kwargs = value
+            checked = (tuple(args), dict(kwargs))
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"`{self._path}.inputs` takes (args, kwargs), a tuple and a dict; got {type(value).__name__}. To "
+                "replace the first argument only, assign to `.input`."
+            ) from None
+        self._block("inputs").write(self._number, checked)
+
+    @property
+    def input(self) -> Any:
+        """The first argument passed to the module, positional or by keyword. Only inside a block."""
+        try:
+            args, kwargs = self._block("input").read(self._number)
+        except AttributeError as error:
+            raise self._keep(error)
+        if args:
+            return args[0]
+        if kwargs:
+            return next(iter(kwargs.values()))
+        raise ValueError(f"`{self._path}` was called without arguments, so it has no `.input`.")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        block = self._block("input")
+        args, kwargs = block.read(self._number)
+        if args or not kwargs:
+            block.write(self._number, ((value, *args[1:]), kwargs))
+        else:
+            block.write(self._number, (args, {**kwargs, next(iter(kwargs)): value}))
+
+    # What the value is called where a model's own child is named `output` or `input` (0.6 programs).
+    nns_output = output
+    nns_input = input
+    nns_inputs = inputs
+
+    def skip(self, value: Any) -> None:
+        """Let the module return `value` without running. Only inside a block, before the module is entered.
+
+        Args:
+            value: what the caller gets: a tensor, or whatever the module would have returned.
+        """
+        self._block("skip").skip(self._number, value)
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Call the module, anywhere; inside a block its own visit is not touched.
+
+        Args:
+            *args: for the module.
+            hook: run it on the model side, so that blocks can read and change what happens in it.
+            **kwargs: for the module.
+        """
+        if hook:
+            return self._block("a hooked call").call(self._module, *args, **kwargs)
+        return self._module(*args, **kwargs)
+
+    def _block(self, port: str) -> Mediator:
+        mediator = find(self._tree, 3)  # this frame, the property's and find's own are not the user's
+        if mediator is not None:
+            return mediator
+        self._find_root()
+        return require(self._tree, self._path, port)
+
+    # -- the tree ------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """Where the module is, from the root `model`: `model.transformer.h.3`."""
+        return self._path
+
+    @property
+    def parent(self) -> Envoy | None:
+        """The envoy this one is a child of; None for the root."""
+        return None if self._parent is None else self._parent()
+
+    @property
+    def root(self) -> Envoy:
+        """The envoy of the whole model."""
+        return self._find_root()
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the module's first parameter or buffer; None when it has none."""
+        return next((tensor.device for tensor in _tensors(self._module)), None)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """All devices that the module's parameters and buffers are on."""
+        return {tensor.device for tensor in _tensors(self._module)}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the module's first parameter; None when it has none."""
+        return next((parameter.dtype for parameter in self._module.parameters()), None)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the module in place, as `nn.Module.to` does; return this envoy."""
+        self._module.to(*args, **kwargs)
+        return self
+
+    def cpu(self) -> Self:
+        """Move the module to the CPU; return this envoy."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Move the module to a GPU; return this envoy."""
+        self._module.cuda(device)
+        return self
+
+    def named_modules(self) -> Iterator[tuple[str, Envoy]]:
+        """Yield path and envoy of this module and all below it, each module once."""
+        yield self._path, self
+        for name, child in self._children.items():
+            if child._parent is not None and child._parent() is self and child._path == f"{self._path}.{name}":
+                yield from child.named_modules()
+
+    def modules(self, include_fn: Any = None, names: bool = False) -> list[Any]:
+        """Return this envoy and all below it, each module once.
+
+        Args:
+            include_fn: keep only the envoys for which it returns something true.
+            names: return (path, envoy) pairs.
+        """
+        found = [(path, envoy) for path, envoy in self.named_modules() if include_fn is None or include_fn(envoy)]
+        return found if names else [envoy for _, envoy in found]
+
+    def get(self, path: str) -> Any:
+        """Return what a dotted path leads to from here: an envoy, or its `.output` and the like.
+
+        Args:
+            path: names and indices joined by dots; the root's own name `model` may be left out.
+
+        Raises:
+            NotInTreeError: a part of the path is neither a module nor an attribute; the nearest names are given.
+        """
+        names = path.split(".") if path else []
+        if names and names[0] == ROOT and self._parent is None and ROOT not in self._children:
+            names = names[1:]
+        found: Any = self
+        for name in names:
+            child = found._children.get(name) if isinstance(found, Envoy) else None
+            found = child if child is not None else getattr(found, name)
+        return found
+
+    @overload
+    def __getitem__(self, key: int | str) -> Envoy: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Envoy]: ...
+    def __getitem__(self, key: int | str | slice) -> Envoy | list[Envoy]:
+        children = self._children
+        if isinstance(key, str):
+            if key in children:
+                return children[key]
+            raise KeyError(f"`{self._path}` has no child {key!r}.{_nearest(key, children)}")
+        if isinstance(key, slice):
+            return list(children.values())[key]
+        child = children.get(str(key))
+        if child is not None:
+            return child
+        try:
+            return list(children.values())[key]
+        except IndexError:
+            raise IndexError(f"`{self._path}` has {len(children)} children, so there is no {key}.") from None
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return iter(self._children.values())
+
+    def __len__(self) -> int:
+        return len(self._children)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._children or name in self._children.values()
+
+    def __repr__(self) -> str:
+        return display.show(self)
+
+    def __dir__(self) -> list[str]:
+        names = set(super().__dir__()) | set(dir(self._module))
+        return sorted(names | {name for name in self._children if name.isidentifier()})
+
+    # -- attributes of the module ----------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__
+        kept = values.pop("_kept_error", None)
+        if kept is not None:
+            raise kept  # a property raised it: asking the module instead would hide what happened
+        module = values.get("_module")
+        if module is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        own = inspect.getattr_static(type(self), name, None)
+        if isinstance(own, property) and own.fget is not None:
+            return own.fget(self)  # the getter failed with an AttributeError: let it say so itself
+        child = module._modules.get(name)
+        if child is not None:
+            return self._attach(name, child)
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            found = self._lookup(name)
+            if found is not None:
+                return found
+            raise NotInTreeError(
+                f"`{self._path}` ({type(module).__name__}) has neither a module nor an attribute {name!r}."
+                + _nearest(name, [*self._children, *(n for n in dir(module) if not n.startswith("_"))])
+            ) from None
+
+    def _lookup(self, name: str) -> Any:
+        """Return what a name means that neither envoy nor module has; None for nothing."""
+        return None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        module = self.__dict__.get("_module")
+        if module is None or name in self._own or (name.startswith("_") and not hasattr(module, name)):
+            object.__setattr__(self, name, value)
+        elif isinstance(value, Envoy):
+            self.__setattr__(name, value._module)
+        elif isinstance(value, nn.Module):
+            setattr(module, name, value)
+            self._attach(name, value)
+        elif name in self._children:
+            setattr(module, name, value)
+            self._detach(name)
+        elif name not in self.__dict__ and hasattr(module, name):
+            setattr(module, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._children:
+            delattr(self._module, name)
+            self._detach(name)
+        elif name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self._module, name)
+
+    # -- building --------------------------------------------------------------------------------------------------
+
+    _parent: weakref.ref[Envoy] | None
+    _root: weakref.ref[Envoy]
+    #: Only on the root: the envoy of every module, by `id`, and the controllers of the tree.
+    _envoys: dict[int, Envoy]
+    _instrumentation: Instrumentation
+
+    def _build(self, module: nn.Module) -> None:
+        """Make this envoy the root of a new tree over `module`."""
+        values = self.__dict__
+        tree = Tree()
+        values.update(
+            _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
+            _envoys={id(module): self}, _instrumentation=Instrumentation(tree), _root=weakref.ref(self),
+        )  # fmt: skip
+        self._instrumentation.add(module, self._number)
+        _grow(self, self)
+
+    def mount(self, name: str, module: nn.Module) -> Envoy:
+        """Give a module beside the model's own a place in the tree, such as what collects generated ids.
+
+        The torch module is not touched, and the repr does not show it.
+
+        Args:
+            name: how it is reached from here.
+            module: called by whoever drives the model, so that blocks can read what passes.
+        """
+        root = self._find_root()
+        envoy = _mirror(root, self, name, module)
+        _grow(root, envoy)
+        self.__dict__[name] = envoy
+        return envoy
+
+    def rebind(self, module: nn.Module) -> None:
+        """Let the tree mirror another module of the same shape, such as the loaded model in place of an empty one.
+
+        Args:
+            module: the new root; a child that it lacks is forgotten, one that is new is added.
+        """
+        root = self._find_root()
+        seen: set[int] = set()
+        _rebind(root, self, module, seen)
+        envoys = {id(envoy._module): envoy for envoy in root._envoys.values()}
+        root.__dict__["_envoys"] = envoys
+        root._instrumentation.replace([(envoy._module, envoy._number) for envoy in envoys.values()])
+
+    def _attach(self, name: str, module: nn.Module) -> Envoy:
+        """Mirror a module that has become a child of this one's; return its envoy."""
+        old = self._children.get(name)
+        if old is not None:
+            if old._module is module:
+                return old
+            self._detach(name)
+        root = self._find_root()
+        known = root._envoys.get(id(module))
+        if known is None or known._module is not module:
+            known = _mirror(root, self, name, module)
+            _grow(root, known)
+        _place(self, name, known)
+        return known
+
+    def _detach(self, name: str) -> None:
+        """Forget a child and all below it, unless they are reachable by another name."""
+        root = self._find_root()
+        gone = self._children.pop(name)
+        self.__dict__.pop(name, None)
+        self.__dict__.pop(f"E_{name}", None)
+        still = {id(module) for module in root._module.modules()}
+        lost = {id(envoy._module) for _, envoy in gone.named_modules()} - still
+        for key in lost:
+            root._envoys.pop(key, None)
+        root._instrumentation.remove(lost)
+
+    def _find_root(self) -> Envoy:
+        root = self._root()
+        if root is None:
+            raise OrphanError(ORPHAN.format(path=self._path))
+        return root
+
+    def _label(self, name: str) -> str:
+        """Return how a child is shown: its name, and how to reach it where that is not the name."""
+        child = self._children[name]
+        label = name if name not in self._own else f"{name} -> .E_{name}"
+        return label if child._path == f"{self._path}.{name}" else f"{label} = {child._path}"
+
+    def _keep(self, error: AttributeError) -> AttributeError:
+        """Remember an AttributeError raised by a property, so that `__getattr__` raises it instead of its own."""
+        self.__dict__["_kept_error"] = error
+        return error
+
+
+Envoy._own = frozenset(name for name in dir(Envoy) if not name.startswith("__"))
+
+
+def _mirror(root: Envoy, parent: Envoy, name: str, module: nn.Module) -> Envoy:
+    """Make the envoy of one module and number it."""
+    path = f"{parent._path}.{name}"
+    kind = root._envoy_class(path, module) if hasattr(root, "_envoy_class") else Envoy
+    envoy: Envoy = kind.__new__(kind)
+    tree = root._tree
+    number = tree.add_module(path)
+    values = envoy.__dict__
+    values["_module"] = module
+    values["_tree"] = tree
+    values["_path"] = path
+    values["_number"] = number
+    values["_parent"] = weakref.ref(parent)
+    values["_root"] = root._root
+    values["_children"] = {}
+    root._envoys[id(module)] = envoy
+    root._instrumentation.add(module, number)
+    return envoy
+
+
+def _grow(root: Envoy, envoy: Envoy) -> None:
+    """Mirror everything below an envoy. A module met again is an alias of the envoy it has."""
+    for name, module in envoy._module._modules.items():
+        if module is None:
+            continue
+        child = root._envoys.get(id(module))
+        if child is None:
+            child = _mirror(root, envoy, name, module)
+            if module._modules:
+                _grow(root, child)
+        _place(envoy, name, child)
+
+
+def _rebind(root: Envoy, envoy: Envoy, module: nn.Module, seen: set[int]) -> None:
+    """Point an envoy and all below it at another module and what is below that."""
+    if id(envoy) in seen:
+        return
+    seen.add(id(envoy))
+    envoy.__dict__["_module"] = module
+    for name in list(envoy._children):
+        child, new = envoy._children[name], module._modules.get(name)
+        if new is not None:
+            _rebind(root, child, new, seen)
+        else:
+            envoy._detach(name)
+    root._envoys[id(module)] = envoy
+    for name, new in module._modules.items():
+        if new is not None and name not in envoy._children:
+            envoy._attach(name, new)
+
+
+def _place(parent: Envoy, name: str, child: Envoy) -> None:
+    parent._children[name] = child
+    if name in parent._own:
+        parent.__dict__[f"E_{name}"] = child
+    elif not name.isdigit():
+        parent.__dict__[name] = child
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f" Nearest: {', '.join(near)}." if near else ""

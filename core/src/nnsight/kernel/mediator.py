@@ -1,0 +1,167 @@
+"""One block's seat in a run: what the block may ask of the model, as messages.
+
+In the same process a message is a method call. A request is a set of locations with the occurrence wanted of each; the
+block then hands over through its seat and goes on when the interleaver has served it, or when the run has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from nnsight.kernel import causes
+from nnsight.kernel.blocks import wrong_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nnsight.kernel.interleaver import Interleaver
+    from nnsight.kernel.location import Tree
+    from nnsight.kernel.sides import Seat
+
+_get_ident = threading.get_ident
+
+
+class StopBlock(BaseException):
+    """Raised in a block by `tracer.stop()`; the `with` of that block swallows it."""
+
+    def __init__(self, mediator: Mediator) -> None:
+        super().__init__("the block was stopped")
+        self.mediator = mediator
+
+
+class Mediator:
+    """One block's seat in one run.
+
+    Attributes:
+        run: the run, None once it is over for this block.
+        tree: the numbering that locations are meant in.
+        thread: the thread that the block's code runs in.
+        step: the occurrence that requests mean; None for the next one not yet passed.
+        wanted: location number -> occurrence, while the block is parked.
+        served: the number of the location that it was last served with, -1 for none.
+    """
+
+    __slots__ = (
+        "__weakref__", "_pending_call", "frame", "line", "order", "outer", "run", "seat", "served", "step", "thread",
+        "tree", "wanted",
+    )  # fmt: skip
+
+    def __init__(self, run: Interleaver, seat: Seat, order: int = 0) -> None:
+        self.run: Interleaver | None = run
+        self.tree: Tree | None = run.tree
+        self.seat: Seat | None = seat
+        self.order = order
+        self.thread = _get_ident()
+        self.step: int | None = 0
+        self.wanted: dict[int, int] | None = None
+        self.served = -1
+        self.outer: Mediator | None = None
+        self.frame: FrameType | None = None
+        self.line = 0
+        self._pending_call: Callable[[], None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.run is not None
+
+    @property
+    def where(self) -> str:
+        """The user's file and line at which the block was opened."""
+        frame = self.frame
+        return f"opened at {frame.f_code.co_filename}:{self.line}" if frame is not None else "(closed)"
+
+    def read(self, number: int) -> Any:
+        """Wait for a location and return its value; at one visit always the same object."""
+        run = self._reach(number)
+        return run.value
+
+    def write(self, number: int, value: Any) -> None:
+        """Replace the value of a location, waiting for it unless the model stands there."""
+        run = self._reach(number)
+        run.value = value
+
+    def skip(self, number: int, value: Any) -> None:
+        """Let the module whose input has `number` return `value` without running."""
+        run = self._reach(number)
+        run.skip(number, value)
+
+    def wait(self, wanted: dict[int, int]) -> int:
+        """Wait until the run reaches any of several locations at its occurrence; return the number of that one."""
+        run = self.run
+        if run is None:
+            raise causes.block_is_over(self)
+        for number, occurrence in wanted.items():
+            if run.at == number and run.count(number) == occurrence + 1:
+                return number
+        self._park(run, wanted)
+        return self.served
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `function` on the model side, where the modules it calls are visited like the model's own."""
+        run = self.run
+        if run is None or not run.is_running or self.seat is None:
+            return function(*args, **kwargs)
+        reply: list[Any] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                reply.append(function(*args, **kwargs))
+            except Exception as error:  # handed over: it belongs to the block that asked
+                failure.append(error)
+
+        self._pending_call = work
+        self.seat.to_model()
+        if failure:
+            raise failure.pop()
+        return reply[0]
+
+    def save(self, value: Any) -> None:
+        """Mark a value as one that must come back. In the caller's own frame everything does."""
+
+    def stop(self) -> None:
+        """End this block here, and the run once its siblings at this visit are served."""
+        raise StopBlock(self)
+
+    def answer_call(self) -> bool:
+        """Run what the block wants run on the model side; False when it asked for nothing. Called by the model."""
+        work, self._pending_call = self._pending_call, None
+        if work is None:
+            return False
+        work()
+        return True
+
+    def close(self) -> None:
+        """Refer to nothing any more."""
+        self.run = self.seat = self.tree = self.frame = self.wanted = self._pending_call = None
+
+    def _reach(self, number: int) -> Interleaver:
+        """Return the run standing at the wanted occurrence of a location."""
+        run = self.run
+        if run is None:
+            raise causes.block_is_over(self)
+        step = self.step
+        if run.at == number and (step is None or run.counts[number] == step + 1):
+            return run
+        self._park(run, {number: run.count(number) if step is None else step})
+        return run
+
+    def _park(self, run: Interleaver, wanted: dict[int, int]) -> None:
+        if _get_ident() != self.thread:
+            raise wrong_thread("A value", self)
+        for number, occurrence in wanted.items():
+            if run.count(number) > occurrence:
+                raise causes.out_of_order(run, number, occurrence)
+        if run.is_over:
+            raise causes.missed(run, wanted)
+        self.wanted = wanted
+        self.served = -1
+        run.enqueue(self)
+        assert self.seat is not None
+        self.seat.to_model()
+        if self.served < 0:
+            run.withdraw(self)
+            run.raise_error()
+            raise causes.missed(run, wanted)

@@ -1,0 +1,48 @@
+"""Plugins: names from entry points, behaviour from hooks.
+
+| group              | serves                                              |
+|--------------------|-----------------------------------------------------|
+| `nnsight`          | hook implementations (`nnsight.hookspecs`)          |
+| `nnsight.exports`  | `from nnsight import LanguageModel`                 |
+| `nnsight.modeling` | `from nnsight.modeling.vllm import VLLM`            |
+| `nnsight.envoy`    | an attribute of every envoy, such as `envoy.source` |
+| `nnsight.tracer`   | a method of every tracer, such as `tracer.cache()`  |
+
+Nothing is scanned before the first name is looked up or the first model wrapped, and no plugin is imported before it is
+used. `NNSIGHT_PLUGINS_DISABLE=a,b` and `NNSIGHT_PLUGINS_ALLOW=a,b` choose which take part (`nnsight._discovery`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnsight._hooks import Hooks
+from nnsight._registry import Registry, nearest
+from nnsight.errors import UnknownPluginError
+
+registry = Registry()
+hooks = Hooks(registry)
+
+names = registry.names
+serves = registry.serves
+resolve = registry.resolve
+refresh = registry.refresh
+register = hooks.register
+unregister = hooks.unregister
+
+
+def exported(name: str) -> Any:
+    """Return what a plugin exports as `nnsight.<name>`; the package's `__getattr__` ends here.
+
+    Raises:
+        AttributeError: no plugin exports it, and none is known that would.
+        ImportError: it is known but not installed, or switched off.
+        PluginError: its plugin cannot be loaded, or several claim the name.
+    """
+    try:
+        return resolve("nnsight.exports", name)
+    except UnknownPluginError:
+        import nnsight
+
+        near = nearest(name, nnsight.__dir__())
+        raise AttributeError(f"module 'nnsight' has no attribute {name!r}{near}") from None

@@ -1,0 +1,1 @@
+"""Opening a block: the tracer, the model classes, saving. Built on the kernel."""

@@ -1,0 +1,225 @@
+"""Envoys that can be traced, and `NNsight`, the model class for any `nn.Module`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from torch import nn
+
+from nnsight.errors import NoInputError, WrapError
+from nnsight.kernel import envoy as kernel
+from nnsight.protocols import Inputs
+from nnsight.tracing import saving
+from nnsight.tracing.callsite import is_with_item
+from nnsight.tracing.tracer import Tracer
+
+P = ParamSpec("P")
+
+NO_INPUT = (
+    "Cannot return output of Envoy `{path}`: this trace has no input, so there is nothing to run. Give it one, "
+    "`with model.{method}(input):`, or open `with tracer.invoke(input):` blocks inside it."
+)
+
+
+class Envoy(kernel.Envoy):
+    """Mirrors one module, and can be traced on its own."""
+
+    def trace(
+        self, *args: Any, trace: bool = True, fn: Callable[..., Any] | str | None = None, remote: Any = False,
+        backend: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Run the module once with a block: `with model.trace(x) as tracer:`.
+
+        Args:
+            *args: the model's input, as the model class takes it.
+            trace: False runs the module without a block and returns its output.
+            fn: what to run instead of the module itself: a callable that drives it, or the name of a method.
+            remote: where to run; False is here.
+            backend: what carries the block there.
+            **kwargs: for the module's forward.
+
+        Returns:
+            A `Tracer` to be entered, or the output when `trace` is False.
+
+        Raises:
+            InputError: the input cannot be used.
+        """
+        function = self._callable("trace", fn)
+        if not trace:
+            return self._run_plainly("trace", function, args, kwargs)
+        return self._open("trace", function, args, kwargs, remote, backend)
+
+    def _open(
+        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        remote: Any, backend: Any,
+    ) -> Tracer:  # fmt: skip
+        if remote or backend is not None:
+            from nnsight import plugins  # lazy: a transport is a plugin
+
+            opened: Tracer = plugins.open_remote(self, method, args, kwargs, remote, backend)
+            return opened
+        return Tracer(self, method, function, args, kwargs)
+
+    def _callable(self, method: str, fn: Callable[..., Any] | str | None) -> Callable[..., Any]:
+        if fn is None:
+            return self._module
+        return getattr(self._module, fn) if isinstance(fn, str) else fn
+
+    def _run_plainly(
+        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        tracer = Tracer(self, method, function, args, kwargs)
+        with tracer:
+            result = tracer.result
+        return result
+
+    def _prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """Turn the user's arguments into the call's. A part of a model takes them as they are."""
+        root = self.root
+        if isinstance(root, NNsight):
+            if not root.dispatched:
+                root.dispatch()
+            if root is self:
+                return root.prepare(method, args, kwargs)
+        return Inputs(args, kwargs, _leading_size(args, kwargs))
+
+    def _without_input(self, method: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what a trace without input runs: the model if it takes no arguments, else the error that says so."""
+        called = function.forward if isinstance(function, nn.Module) else function
+        try:
+            inspect.signature(called).bind()
+            takes_none = not getattr(self.root, "requires_input", False)
+        except TypeError:
+            takes_none = False
+        if takes_none:
+            return function
+
+        def refuse() -> None:
+            raise NoInputError(NO_INPUT.format(path=path, method=method))
+
+        path = self._path
+        return refuse
+
+    def _lookup(self, name: str) -> Any:
+        from nnsight import plugins  # lazy: a name that only a plugin may provide
+
+        function = plugins.lookup("nnsight.envoy", name)
+        return None if function is None else function(self)
+
+
+class NNsight(Envoy):
+    """Wraps any `nn.Module` so that blocks can read and change what happens in it.
+
+    Args:
+        module: the model. Wrapping changes nothing on it.
+
+    Raises:
+        WrapError: it is no `nn.Module`, or one that cannot be looked into.
+    """
+
+    #: Whether a call without input is an error even where the traced method would accept it.
+    requires_input = False
+
+    def __init__(self, module: nn.Module) -> None:
+        _check_module(module)
+        saving.mount()
+        self._build(module)
+
+    def _envoy_class(self, path: str, module: nn.Module) -> type[Envoy]:
+        """Return the class of the envoy for one module of the tree."""
+        return Envoy
+
+    def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """Turn what the user gave a trace or an invoke into the arguments of the traced call.
+
+        Args:
+            method: the method that was called on the model: `trace`, `generate`, ...
+            args: the user's positional arguments.
+            kwargs: the user's keyword arguments.
+
+        Returns:
+            The arguments, and how many rows of the batch they are (None: no input).
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        return Inputs(args, kwargs, _leading_size(args, kwargs))
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the weights are loaded. Always, for a module that was given."""
+        return True
+
+    def dispatch(self) -> None:
+        """Load the weights if they are not yet. Called before the first run; classes that load lazily load here."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NNsight:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the module and the wrapper's own attributes; envoys are made again from them."""
+        own = {name: value for name, value in self.__dict__.items() if not _is_mirror(name, value)}
+        return {"module": self._module, "own": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state["own"])
+        self._build(state["module"])
+
+
+def traceable(
+    method: Callable[Concatenate[Any, P], Any],
+) -> Callable[Concatenate[Any, P], Any]:
+    """Make a method of a model class traceable: in `with model.method(...):` it opens a block, elsewhere it just runs.
+
+    The method itself runs the model, on the model side, with prepared arguments.
+    """
+    name = method.__name__
+
+    @wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
+        remote, backend = kwargs.pop("remote", False), kwargs.pop("backend", None)
+        function = method.__get__(self, type(self))
+        if kwargs.pop("trace", True) and is_with_item(sys._getframe(1)):
+            return self._open(name, function, args, kwargs, remote, backend)
+        return self._run_plainly(name, function, args, kwargs)
+
+    return call
+
+
+def _check_module(module: object) -> None:
+    if isinstance(module, kernel.Envoy):
+        raise WrapError(f"`{module.path}` is wrapped already; use it as it is, or wrap its `._module`.")
+    if not isinstance(module, nn.Module):
+        raise WrapError(
+            f"Only a torch.nn.Module can be wrapped, not {type(module).__name__!r}. For the name of a model on the "
+            "Hugging Face hub use nnsight.LanguageModel."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise WrapError(
+            f"{type(module).__name__} was compiled by torch.jit: its parts never pass through Python, so they cannot "
+            "be seen. Wrap the module that it was made from."
+        )
+    if isinstance(module, nn.DataParallel):
+        raise WrapError("nn.DataParallel copies the model for every call; wrap its `.module` instead.")
+
+
+def _leading_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Return the first size of the first tensor given; 1 when there are only other things, None when nothing."""
+    values = [*args, *kwargs.values()]
+    if not values:
+        return None
+    return next((value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim), 1)
+
+
+def _is_mirror(name: str, value: object) -> bool:
+    kept = ("_module", "_tree", "_path", "_number", "_parent", "_root", "_children", "_envoys", "_instrumentation")
+    return name in kept or isinstance(value, kernel.Envoy)

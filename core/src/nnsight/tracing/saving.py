@@ -1,0 +1,82 @@
+"""`save`: mark what must come back from wherever a block runs.
+
+A local block runs in the caller's frame, where everything it binds stays, so there a mark does nothing. `x.save()` is
+made available on tensors, on Python's scalars and containers and on the types that plugins name, by a descriptor that
+exists only while a block is open in the calling code: anywhere else `hasattr(x, "save")` is False.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from nnsight.errors import SaveError
+from nnsight.kernel.blocks import innermost
+
+T = TypeVar("T")
+
+_SCALARS_AND_CONTAINERS = (
+    int, float, complex, str, bytes, bytearray, type(None), list, tuple, dict, set, frozenset, slice, range,
+)  # fmt: skip
+_mounted: set[type] = set()
+is_mounted = True
+
+
+def save(value: T) -> T:
+    """Mark a value as one that must come back from wherever the block runs, and return it.
+
+    Args:
+        value: anything. Locally nothing needs saving: every variable that the block binds is there afterwards.
+
+    Raises:
+        SaveError: no block is open here.
+    """
+    mediator = innermost()
+    if mediator is None:
+        raise SaveError(
+            "save() was called outside of a trace: there is no block here whose value could be kept. Call it inside "
+            "`with model.trace(...):`; outside of one a variable keeps its value anyway."
+        )
+    mediator.save(value)
+    return value
+
+
+class _Save:
+    """The `save` attribute of a type that is not ours."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[[], Any]:
+        if instance is None or not is_mounted or innermost() is None:
+            name = (owner or type(instance)).__name__
+            raise AttributeError(f"{name!r} object has no attribute 'save'", name="save", obj=instance)
+        return functools.partial(save, instance)
+
+
+def mount(types: Iterable[type] = ()) -> None:
+    """Give tensors, Python's own types and `types` their `save`, once."""
+    import torch  # lazy: only when a model is wrapped
+
+    for cls in (torch.Tensor, *_SCALARS_AND_CONTAINERS, *types):
+        if cls in _mounted:
+            continue
+        _mounted.add(cls)
+        if "save" not in cls.__dict__:
+            _set_attribute(cls, "save", _Save())
+
+
+def set_mounted(value: bool) -> None:
+    """Turn `x.save()` on or off; `nnsight.save(x)` is always there."""
+    global is_mounted
+    is_mounted = value
+
+
+def _set_attribute(cls: type, name: str, value: object) -> None:
+    try:
+        setattr(cls, name, value)
+    except TypeError:
+        # A type implemented in C: its real dict is what the mappingproxy refers to.
+        namespace = gc.get_referents(cls.__dict__)[0]
+        namespace[name] = value
+        ctypes.pythonapi.PyType_Modified(ctypes.py_object(cls))
