@@ -62,7 +62,7 @@ _PUBLIC = {
     "nnsight.tracing.tracer": ("Tracer",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-_SUBMODULES = frozenset({"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "plugins"})
+_SUBMODULES = frozenset({"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "plugins", "protocols"})
 
 
 def __getattr__(name: str) -> Any:

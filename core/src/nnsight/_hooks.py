@@ -61,20 +61,29 @@ class Hooks:
     def saveable_types(self) -> tuple[type, ...]:
         """Return the types that plugins want a `.save()` on, each once."""
         found: dict[type, None] = {}
-        for implementation, answer in self._collect("nnsight_saveable_types", list):
-            for item in answer:
+        for implementation in self._implementations("nnsight_saveable_types"):
+            for item in _answer(implementation, list):
                 if not isinstance(item, type):
                     raise implementation.refusal(f"returned {item!r}, which is not a type")
                 found[item] = None
         return tuple(found)
 
     def commands(self) -> dict[str, list[tuple[str, Command]]]:
-        """Return the commands of plugins: name -> every plugin that claims it, with its function."""
+        """Return the commands of plugins: name -> every plugin that claims it, with its function.
+
+        A plugin that fails to say is left out with a warning: the others' commands, and help, must go on working.
+        """
         found: dict[str, list[tuple[str, Command]]] = {}
-        for implementation, answer in self._collect("nnsight_commands", dict):
-            for name, command in answer.items():
-                if not callable(command):
-                    raise implementation.refusal(f"gives {command!r} for the command {name!r}, which is not a function")
+        for implementation in self._implementations("nnsight_commands"):
+            try:
+                commands = _answer(implementation, dict)
+                for name, command in commands.items():
+                    if not callable(command):
+                        raise implementation.refusal(f"gives {command!r} for {name!r}, which is not a function")
+            except PluginError as error:
+                warn_user(f"{error}. Its commands are left out.", PluginWarning)
+                continue
+            for name, command in commands.items():
                 found.setdefault(name, []).append((implementation.plugin, command))
         return found
 
@@ -184,17 +193,16 @@ class Hooks:
         self.load()
         return self._manager.implementations(hook) if self._manager else ()
 
-    def _collect(self, hook: str, kind: type) -> list[tuple[Implementation, Any]]:
-        collected = []
-        for implementation in self._implementations(hook):
-            try:
-                answer = implementation.call(())
-            except Exception as error:
-                raise implementation.failure(error) from error
-            if not isinstance(answer, kind):
-                raise implementation.refusal(f"returned {answer!r}, which is not a {kind.__name__}")
-            collected.append((implementation, answer))
-        return collected
+
+def _answer(implementation: Implementation, kind: type) -> Any:
+    """Ask one plugin for its part of a collection."""
+    try:
+        answer = implementation.call(())
+    except Exception as error:
+        raise implementation.failure(error) from error
+    if not isinstance(answer, kind):
+        raise implementation.refusal(f"returned {answer!r}, which is not a {kind.__name__}")
+    return answer
 
 
 def the_only(name: str, claims: list[tuple[str, Command]]) -> Command:

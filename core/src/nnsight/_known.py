@@ -11,6 +11,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "DiffusionModel": "diffusers",
         "VLLM": "vllm",
         "RemoteBackend": "ndif",
+        "open_remote": "ndif",
         "register": "ndif",
         "is_model_running": "ndif",
         "ndif_status": "ndif",

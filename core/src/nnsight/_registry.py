@@ -32,6 +32,10 @@ class Catalog:
     enabled: dict[tuple[str, str], list[Entry]]
     disabled: dict[Entry, str]
 
+    def claims(self, group: str, name: str) -> list[Entry]:
+        """Return the enabled entries that serve a name: more than one is a conflict."""
+        return self.enabled.get((group, name), [])
+
 
 class Registry:
     """Names of the five groups, looked up in the entry points of installed distributions.
@@ -97,7 +101,7 @@ class Registry:
         """Return the one entry that serves a name; raises as `resolve` does, but imports nothing."""
         if group not in GROUPS:
             raise ValueError(f"{group!r} is not an entry-point group of nnsight; these are: {', '.join(GROUPS)}")
-        claims = self.catalog.enabled.get((group, name), [])
+        claims = self.catalog.claims(group, name)
         if len(claims) == 1:
             return claims[0]
         if claims:

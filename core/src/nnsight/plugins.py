@@ -31,6 +31,27 @@ register = hooks.register
 unregister = hooks.unregister
 
 
+def lookup(group: str, name: str) -> Any | None:
+    """Return what a plugin serves under a name, or None when no plugin has anything to do with it.
+
+    Raises:
+        PluginError, ImportError: there is a plugin for it that cannot be used; as `resolve` does.
+    """
+    try:
+        return resolve(group, name)
+    except UnknownPluginError:
+        return None
+
+
+def open_remote(*args: Any) -> Any:
+    """Open a trace on a transport, by the function `open_remote` that a plugin exports.
+
+    Raises:
+        MissingPluginError: nnsight-ndif is not installed.
+    """
+    return resolve("nnsight.exports", "open_remote")(*args)
+
+
 def exported(name: str) -> Any:
     """Return what a plugin exports as `nnsight.<name>`; the package's `__getattr__` ends here.
 

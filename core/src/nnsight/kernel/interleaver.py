@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import clear_hint
 from nnsight.kernel.controller import Instrumentation, current_run
-from nnsight.kernel.sides import Side, Unwind, make_side
+from nnsight.kernel.sides import Carrier, Unwind, make_carrier
 
 if TYPE_CHECKING:
     from nnsight.kernel.location import Tree
@@ -49,8 +49,8 @@ class Interleaver:
     """
 
     __slots__ = (
-        "_error", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at", "counts", "kwargs",
-        "mediators", "module", "side", "skipped", "skipped_paths", "state", "thread", "tree", "value", "waiting",
+        "_error", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at", "carrier", "counts", "kwargs",
+        "mediators", "module", "skipped", "skipped_paths", "state", "thread", "tree", "value", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -89,14 +89,14 @@ class Interleaver:
         self._is_closing = False
         self._is_held = False
         context.run(_enter_model_side, self)
-        self.side: Side | None = make_side(self._run, context, state)
+        self.carrier: Carrier | None = make_carrier(self._run, context, state, is_model=True)
 
     # -- the model side ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         """Run the model. The first thing that happens on the model side, and the last."""
-        assert self.side is not None and self._function is not None and self.tree is not None
-        self.thread = self.side.thread
+        assert self.carrier is not None and self._function is not None and self.tree is not None
+        self.thread = self.carrier.thread
         self.state = State.RUNNING
         try:
             result = self._function(*self.args, **self.kwargs)
@@ -134,10 +134,9 @@ class Interleaver:
         try:
             while (mediator := self._next(number, occurrence)) is not None:
                 mediator.served = number
-                assert mediator.seat is not None
-                mediator.seat.to_block()
+                mediator.to_block()
                 while mediator.answer_call():
-                    mediator.seat.to_block()
+                    mediator.to_block()
             return self.value
         finally:
             self.at, self.value = before
@@ -223,25 +222,25 @@ class Interleaver:
 
     def finish(self) -> None:
         """Let the model run to its end. Called by an inline block that asks for nothing more."""
-        assert self.side is not None
+        assert self.carrier is not None
         if not self.is_over:
             if not self._is_held:
                 self.start()
-            self.side.to_model()
+            self.carrier.resume()
 
     def unwind(self) -> None:
         """Take the model down where it stands."""
         self._is_closing = True
         self.waiting = _Everything()
-        if self.side is not None and self.is_running:
-            self.side.unwind()
+        if self.carrier is not None and self.is_running:
+            self.carrier.unwind()
 
     def abandon(self) -> None:
         """Take the model down from a thread that is not its own: that thread will do it when it comes by."""
         self._is_closing = True
         self.waiting = _Everything()
-        if self.side is not None and self.is_running:
-            self.side.abandon()
+        if self.carrier is not None and self.is_running:
+            self.carrier.abandon()
 
     def close(self) -> None:
         """Release the instrumentation and refer to nothing any more."""
@@ -249,7 +248,7 @@ class Interleaver:
             self._is_held = False
             self._instrumentation.release()
         self.state = State.OVER
-        self.tree = self.side = self._function = self.module = self.value = self.skipped = None
+        self.tree = self.carrier = self._function = self.module = self.value = self.skipped = None
         self._error = None
         self.args, self.kwargs = (), {}
         self.mediators = []

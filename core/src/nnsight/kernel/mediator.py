@@ -7,6 +7,7 @@ block then hands over through its seat and goes on when the interleaver has serv
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,11 @@ from nnsight.kernel import causes
 from nnsight.kernel.blocks import wrong_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from nnsight.kernel.interleaver import Interleaver
     from nnsight.kernel.location import Tree
-    from nnsight.kernel.sides import Seat
 
 _get_ident = threading.get_ident
+Handover = Callable[[], None]
 
 
 class StopBlock(BaseException):
@@ -37,6 +36,8 @@ class Mediator:
     Attributes:
         run: the run, None once it is over for this block.
         tree: the numbering that locations are meant in.
+        to_model: lets the model go on, and returns when it has handed back. Called by the block.
+        to_block: lets the block go on, and returns when it has handed back. Called by the model.
         thread: the thread that the block's code runs in.
         step: the occurrence that requests mean; None for the next one not yet passed.
         wanted: location number -> occurrence, while the block is parked.
@@ -44,14 +45,15 @@ class Mediator:
     """
 
     __slots__ = (
-        "__weakref__", "_pending_call", "frame", "line", "order", "outer", "run", "seat", "served", "step", "thread",
-        "tree", "wanted",
+        "__weakref__", "_pending_call", "frame", "line", "order", "outer", "run", "served", "step", "thread",
+        "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
 
-    def __init__(self, run: Interleaver, seat: Seat, order: int = 0) -> None:
+    def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
         self.run: Interleaver | None = run
         self.tree: Tree | None = run.tree
-        self.seat: Seat | None = seat
+        self.to_model = to_model
+        self.to_block = to_block
         self.order = order
         self.thread = _get_ident()
         self.step: int | None = 0
@@ -101,7 +103,7 @@ class Mediator:
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` on the model side, where the modules it calls are visited like the model's own."""
         run = self.run
-        if run is None or not run.is_running or self.seat is None:
+        if run is None or not run.is_running:
             return function(*args, **kwargs)
         reply: list[Any] = []
         failure: list[BaseException] = []
@@ -113,7 +115,7 @@ class Mediator:
                 failure.append(error)
 
         self._pending_call = work
-        self.seat.to_model()
+        self.to_model()
         if failure:
             raise failure.pop()
         return reply[0]
@@ -135,7 +137,8 @@ class Mediator:
 
     def close(self) -> None:
         """Refer to nothing any more."""
-        self.run = self.seat = self.tree = self.frame = self.wanted = self._pending_call = None
+        self.run = self.tree = self.frame = self.wanted = self._pending_call = None
+        self.to_model = self.to_block = _handed_nowhere
 
     def _reach(self, number: int) -> Interleaver:
         """Return the run standing at the wanted occurrence of a location."""
@@ -159,9 +162,12 @@ class Mediator:
         self.wanted = wanted
         self.served = -1
         run.enqueue(self)
-        assert self.seat is not None
-        self.seat.to_model()
+        self.to_model()
         if self.served < 0:
             run.withdraw(self)
             run.raise_error()
             raise causes.missed(run, wanted)
+
+
+def _handed_nowhere() -> None:
+    raise AssertionError("a closed block handed over")

@@ -1,9 +1,9 @@
-"""How the model side is run, and how it and a block hand over to each other.
+"""Carriers: what runs one side of a conversation, and how it hands over to the other.
 
-A `Seat` is a pair of doors: `to_model` is called by a block and returns when the model has handed back, `to_block` is
-called by the model and returns when it may go on. The seat of an inline block is the side that carries the model:
-`GreenletSide` switches stacks within one thread, `ThreadSide` does the same with locks where greenlets are not safe
-(see `guard.py`).
+Whoever drives calls `resume`, which returns when what is carried has called `pause` or has ended. The model of a run
+is always carried. An inline block drives it; a captured block is carried itself, and driven by the model.
+`GreenletCarrier` switches stacks within one thread, `ThreadCarrier` does the same with locks where greenlets are not
+safe (see `guard.py`).
 """
 
 from __future__ import annotations
@@ -24,29 +24,25 @@ _get_ident = threading.get_ident
 
 
 class Unwind(BaseException):
-    """Raised in the model side to take it down: its `finally` blocks run, nobody should swallow it."""
+    """Raised in a carried side to take it down: its `finally` blocks run, nobody should swallow it."""
 
 
-class Seat(Protocol):
-    """The two doors between a block and the model."""
+class Carrier(Protocol):
+    """Runs a job that can stop half-way."""
 
-    def to_model(self) -> None:
-        """Let the model run until it hands back. Called by the block."""
+    thread: int  # the thread that the job runs in
 
-    def to_block(self) -> None:
-        """Let the block run until it hands back. Called by the model; raises `Unwind` when the run is closing."""
+    def resume(self) -> None:
+        """Run the job until it pauses or ends. Called by the driver."""
 
-
-class Side(Seat, Protocol):
-    """A seat that carries the model of a run."""
-
-    thread: int  # the thread that the model runs in
+    def pause(self) -> None:
+        """Hand back to the driver until it resumes. Called by the job; raises `Unwind` when it is taken down."""
 
     def unwind(self) -> None:
-        """Raise `Unwind` where the model is parked; return when it has ended."""
+        """Raise `Unwind` where the job is paused; return when it has paused again or ended."""
 
     def abandon(self) -> None:
-        """Leave the unwinding to the side's own thread."""
+        """Leave the unwinding to the job's own thread."""
 
 
 class _Pool(threading.local):
@@ -56,9 +52,9 @@ class _Pool(threading.local):
         self.idle: list[_Worker] = []
 
 
-_POOL_SIZE = 4
+_POOL_SIZE = 64
 _pool = _Pool()
-_abandoned: dict[int, list[GreenletSide]] = {}
+_abandoned: dict[int, list[GreenletCarrier]] = {}
 
 
 class _Worker(greenlet):
@@ -74,76 +70,93 @@ class _Worker(greenlet):
             job()
             del job
             parent = self.parent
-            # Being parked in `parent.switch` keeps `parent` alive, so only a thread's main greenlet may be returned
-            # to that way; to any other the worker returns by ending.
-            if parent is None or parent.parent is not None or len(_pool.idle) >= _POOL_SIZE:
+            # An idle worker is parked in a switch, and so keeps alive whom it has handed back to. Only what refers to
+            # nothing in its turn may be kept that way; to anybody else the worker hands back by ending.
+            is_lasting = parent is not None and (parent.parent is None or isinstance(parent, _Worker))
+            if not is_lasting or len(_pool.idle) >= _POOL_SIZE:
                 return
             _pool.idle.append(self)
             parent.switch()
+            del parent
 
 
-class GreenletSide:
-    """Runs the model in a greenlet of the block's thread."""
+class GreenletCarrier:
+    """Runs a job in a greenlet of the driver's thread, and keeps torch's ambient state apart.
 
-    __slots__ = ("_block", "_context", "_job", "_state", "_worker", "thread")
+    Args:
+        job: what to run.
+        context: its contextvars.
+        state: the ambient state that it starts with.
+        is_model: whether the model is carried: inference mode then is its own, else it is the driver's.
+    """
 
-    def __init__(self, job: Job, context: Context, state: State) -> None:
+    __slots__ = ("_context", "_driver", "_is_model", "_job", "_lift", "_state", "_worker", "thread")
+
+    def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = _get_ident()
         self._job: Job | None = job
         self._context: Context | None = context
         self._state = state
+        self._is_model = is_model
         self._worker: _Worker | None = None
-        self._block: greenlet | None = None
+        self._driver: greenlet | None = None
+        self._lift: Any = None
 
-    def to_model(self) -> None:
+    def resume(self) -> None:
         worker = self._worker
         if worker is None:
             worker = self._start()
-        self._block = block = getcurrent()
-        if worker.parent is not block:
-            worker.parent = block
+        self._driver = driver = getcurrent()
+        if worker.parent is not driver:
+            worker.parent = driver
         mine = probe()
-        state = self._state
-        if mine is state:
+        if mine is self._state and self._lift is None:
             worker.switch()
         else:
-            scope = inference_scope(state, mine)
-            restore(state, mine)
-            worker.switch()
-            if scope is not None:
-                self._state = probe()
-                del scope
-                restore(mine, probe())
-                return
+            self._switch_state(mine, worker.switch)
+            return
         now = self._state = probe()
         if now is not mine:
-            restore(mine, now)
+            self._take_back(mine, now)
 
-    def to_block(self) -> None:
-        assert self._block is not None
-        self._block.switch()
+    def pause(self) -> None:
+        assert self._driver is not None
+        self._driver.switch()
 
     def unwind(self) -> None:
         worker = self._worker
         if worker is None or self._job is None:
             return
-        self._block = block = getcurrent()
-        worker.parent = block
-        mine = probe()
-        scope = inference_scope(self._state, mine)
-        restore(self._state, mine)
-        worker.throw(Unwind)
-        del scope
-        restore(mine, probe())
+        self._driver = worker.parent = getcurrent()
+        self._switch_state(probe(), lambda: worker.throw(Unwind))
 
     def abandon(self) -> None:
         if self._worker is not None and self._job is not None:
             _abandoned.setdefault(self.thread, []).append(self)
 
+    def _switch_state(self, mine: State, switch: Callable[[], Any]) -> None:
+        """Switch with the job's ambient state in place of the driver's."""
+        self._lift = None  # where the job had opened an inference scope, it holds again
+        state = self._state
+        scope = inference_scope(state, mine) if self._is_model else None
+        restore(state, probe())
+        switch()
+        now = self._state = probe()
+        if scope is not None:
+            del scope
+            now = probe()
+        self._take_back(mine, now)
+
+    def _take_back(self, mine: State, now: State) -> None:
+        """Give the driver its ambient state back. An inference scope that a block left open is lifted meanwhile."""
+        if not self._is_model:
+            self._lift = inference_scope(mine, now)
+        restore(mine, probe())
+
     def _start(self) -> _Worker:
         if _abandoned:
-            for side in _abandoned.pop(self.thread, ()):
-                side.unwind()
+            for carrier in _abandoned.pop(self.thread, ()):
+                carrier.unwind()
         idle = _pool.idle
         worker = self._worker = idle.pop() if idle else _Worker()
         worker.gr_context = self._context
@@ -152,52 +165,49 @@ class GreenletSide:
         return worker
 
     def _work(self) -> None:
-        job = self._job
-        assert job is not None
+        assert self._job is not None
         try:
-            job()
+            self._job()
         finally:
             # An idle worker must not keep the run's context, and so the run, alive.
             getcurrent().gr_context = None
             self._job = self._worker = None
 
 
-class ThreadSide:
-    """Runs the model in a thread of its own. Torch's ambient state is per thread, so nothing is swapped."""
+class ThreadCarrier:
+    """Runs a job in a thread of its own. Torch's ambient state is per thread, so only inference mode is passed on."""
 
-    def __init__(self, job: Job, context: Context, state: State) -> None:
+    def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = 0
         self._job: Job | None = job
         self._context = context
         self._state = state
-        self._model_turn = threading.Lock()
-        self._block_turn = threading.Lock()
-        self._model_turn.acquire()
-        self._block_turn.acquire()
+        self._is_model = is_model
+        self._job_turn = threading.Semaphore(0)
+        self._driver_turn = threading.Semaphore(0)
         self._is_closing = False
         self._scope: Any = None
 
-    def to_model(self) -> None:
+    def resume(self) -> None:
         self._scope = None
-        if not self.thread:
-            self._start()
+        if self.thread:
+            self._job_turn.release()
         else:
-            self._model_turn.release()
+            self._start()
         try:
-            self._block_turn.acquire()
-        except BaseException:  # an interrupt: the model must not go on beside the block
+            self._driver_turn.acquire()
+        except BaseException:  # an interrupt: the job must not go on beside the driver
             self._is_closing = True
-            self._block_turn.acquire()
-            if self._job is not None:
-                self._model_turn.release()
-                self._block_turn.acquire()
+            self._driver_turn.acquire()
+            self.unwind()
             raise
-        self._scope = inference_scope(self._state, probe())
+        if self._is_model and self._job is not None:
+            self._scope = inference_scope(self._state, probe())
 
-    def to_block(self) -> None:
+    def pause(self) -> None:
         self._state = probe()
-        self._block_turn.release()
-        self._model_turn.acquire()
+        self._driver_turn.release()
+        self._job_turn.acquire()
         if self._is_closing:
             raise Unwind
 
@@ -205,8 +215,8 @@ class ThreadSide:
         self._scope = None
         if self.thread and self._job is not None:
             self._is_closing = True
-            self._model_turn.release()
-            self._block_turn.acquire()
+            self._job_turn.release()
+            self._driver_turn.acquire()
 
     def abandon(self) -> None:
         self.unwind()
@@ -215,26 +225,26 @@ class ThreadSide:
         started = threading.Event()
         context, job, state = self._context, self._job, self._state
         assert job is not None
+        inference = probe() if not self._is_model else state
 
         def work() -> None:
             self.thread = _get_ident()
             started.set()
-            scope = inference_scope(state, probe())
+            scope = inference_scope(inference, probe())
             restore(state, probe())
             try:
                 context.run(job)
             finally:
                 del scope
                 self._job = None
-                self._state = probe()
-                self._block_turn.release()
+                self._driver_turn.release()
 
-        threading.Thread(target=work, name="nnsight-model", daemon=True).start()
+        threading.Thread(target=work, name="nnsight-carrier", daemon=True).start()
         started.wait()
 
 
-def make_side(job: Job, context: Context, state: State) -> Side:
-    """Return the side that carries the model: a greenlet where that is safe, else a thread."""
+def make_carrier(job: Job, context: Context, state: State, is_model: bool) -> Carrier:
+    """Return what carries a job: a greenlet where that is safe, else a thread."""
     if os.environ.get("NNSIGHT_MODEL_SIDE") == "thread" or not guard.install():
-        return ThreadSide(job, context, state)
-    return GreenletSide(job, context, state)
+        return ThreadCarrier(job, context, state, is_model)
+    return GreenletCarrier(job, context, state, is_model)

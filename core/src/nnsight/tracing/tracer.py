@@ -65,8 +65,8 @@ class Tracer:
             function = envoy._without_input(self._method, function)
         run = Interleaver(root._instrumentation, root._module, function, copy_context(), ambient.probe())
         run.args, run.kwargs = inputs.args, inputs.kwargs
-        assert run.side is not None
-        mediator = Mediator(run, run.side)
+        assert run.carrier is not None
+        mediator = Mediator(run, run.carrier.resume, run.carrier.pause)
         mediator.frame, mediator.line = frame, frame.f_lineno
         self._run, self._mediator, self._frame = run, mediator, frame
         open_block(frame, mediator)
