@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dis
 import sys
-import weakref
 from types import CodeType, FrameType
 
-_known: dict[int, tuple[weakref.ref[CodeType], dict[int, bool]]] = {}
+from nnsight.capture.percode import PerCode
+
+_known: PerCode[bool] = PerCode()
 _ENTER = ("BEFORE_WITH",) if sys.version_info < (3, 14) else ("COPY", "LOAD_SPECIAL")
 
 
@@ -17,13 +18,10 @@ def is_with_item(frame: FrameType) -> bool:
     `with f():` is; `g = f()`, `with h(f()):` and a `with` line whose body calls `f` are not.
     """
     code, position = frame.f_code, frame.f_lasti
-    entry = _known.get(id(code))
-    if entry is None or entry[0]() is not code:
-        key = id(code)
-        entry = _known[key] = (weakref.ref(code, lambda _: _known.pop(key, None)), {})
-    answer = entry[1].get(position)
+    answers = _known.of(code)
+    answer = answers.get(position)
     if answer is None:
-        answer = entry[1][position] = _look(code, position)
+        answer = answers[position] = _look(code, position)
     return answer
 
 
