@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nnsight._compat import Object as Object
     from nnsight.config import CONFIG as CONFIG
+    from nnsight.errors import CaptureError as CaptureError
     from nnsight.errors import ConfigError as ConfigError
     from nnsight.errors import ConfigWarning as ConfigWarning
     from nnsight.errors import DeadlockError as DeadlockError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from nnsight.tracing.invoker import Invoker as Invoker
     from nnsight.tracing.model import Envoy as Envoy
     from nnsight.tracing.model import NNsight as NNsight
+    from nnsight.tracing.model import traceable as traceable
     from nnsight.tracing.saving import save as save
     from nnsight.tracing.tracer import Tracer as Tracer
 
@@ -48,16 +50,16 @@ _PUBLIC = {
     "nnsight._compat": ("Object",),
     "nnsight.config": ("CONFIG",),
     "nnsight.errors": (
-        "ConfigError", "ConfigWarning", "DeadlockError", "InputError", "MissedProviderError", "MissingPluginError",
-        "NNsightError", "NoInputError", "NotInTreeError", "OrphanError", "OutOfOrderError", "OutsideTraceError",
-        "PluginConflictError", "PluginDisabledError", "PluginError", "PluginWarning", "SaveError", "TracerStateError",
-        "UnknownPluginError", "WrapError", "WrongThreadError",
+        "CaptureError", "ConfigError", "ConfigWarning", "DeadlockError", "InputError", "MissedProviderError",
+        "MissingPluginError", "NNsightError", "NoInputError", "NotInTreeError", "OrphanError", "OutOfOrderError",
+        "OutsideTraceError", "PluginConflictError", "PluginDisabledError", "PluginError", "PluginWarning", "SaveError",
+        "TracerStateError", "UnknownPluginError", "WrapError", "WrongThreadError",
     ),
     "nnsight.hookspecs": ("hookimpl",),
     "nnsight.kernel.interleaver": ("Interleaver",),
     "nnsight.kernel.mediator": ("Mediator",),
     "nnsight.tracing.invoker": ("Invoker",),
-    "nnsight.tracing.model": ("Envoy", "NNsight"),
+    "nnsight.tracing.model": ("Envoy", "NNsight", "traceable"),
     "nnsight.tracing.saving": ("save",),
     "nnsight.tracing.tracer": ("Tracer",),
 }  # fmt: skip

@@ -53,7 +53,7 @@ class Entry:
 
 def normalise(name: str) -> str:
     """Return a distribution or plugin name in the one spelling that is compared."""
-    return re.sub(r"[-_.]+", "-", name).strip("-").lower()
+    return re.sub(r"[-_.]+", "-", name.strip()).strip("-").lower()
 
 
 def scan() -> tuple[list[Entry], list[str]]:

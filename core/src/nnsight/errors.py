@@ -89,3 +89,15 @@ class PluginWarning(UserWarning):
 
 class ConfigWarning(UserWarning):
     """A setting in the configuration file or the environment is not known."""
+
+
+class CaptureError(NNsightError, ValueError):
+    """The body of a block cannot be taken out of its frame."""
+
+
+class BatchError(InputError):
+    """Invokes cannot be joined, or one touched what belongs to the whole batch."""
+
+
+class InvokeError(NNsightError, ValueError):
+    """An invoke where none can be."""

@@ -137,4 +137,6 @@ def _plain(step: dis.Instruction) -> tuple[str, Any]:
     name = step.opname
     if "JUMP" in name or name in ("FOR_ITER", "SEND"):
         return name.replace("_BACKWARD", "").replace("_FORWARD", ""), None
+    if name == "LOAD_METHOD":
+        name = "LOAD_ATTR"  # which of the two depends on whether the module imports the name
     return name, step.argrepr if name == "KW_NAMES" else step.argval

@@ -53,6 +53,12 @@ def close_block(frame: FrameType, mediator: Mediator) -> None:
     mediator.outer = None
 
 
+def adopt_block(mediator: Mediator) -> None:
+    """Make the calling context, and what it starts, belong to a block that has no frame on the caller's stack."""
+    mediator.outer = _hint.get()
+    _hint.set(mediator)
+
+
 def clear_hint() -> None:
     """Make the calling context belong to no block."""
     if _hint.get() is not None:
@@ -61,9 +67,7 @@ def clear_hint() -> None:
 
 def innermost() -> Mediator | None:
     """Return the innermost open block of the calling code, of whatever model."""
-    if not _open:
-        return None
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1) if _open else None
     while frame is not None:
         blocks = _open.get(frame)
         if blocks is not None:

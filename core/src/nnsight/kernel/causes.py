@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nnsight.errors import MissedProviderError, OutOfOrderError
+from nnsight.errors import DeadlockError, MissedProviderError, OutOfOrderError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,15 @@ def missed(run: Interleaver, wanted: dict[int, int]) -> MissedProviderError:
     return MissedProviderError(
         f"Execution complete but {names} was not provided (occurrence {occurrence}; the run reached it "
         f"{run.count(number)} times). Did you call an Envoy out of order? {_cause(run, number)}"
+    )
+
+
+def deadlock(run: Interleaver, mediator: Mediator, what: str) -> DeadlockError:
+    """Return the error for a block that waits for something no other block can do any more."""
+    others = "".join(f" The block {other.where} waits for {theirs}." for other, _, theirs in run.conditions)
+    return DeadlockError(
+        f"The block {mediator.where} waits for {what}, which cannot happen any more: the run is over.{others} Let the "
+        "blocks that it waits for do it, or do not wait."
     )
 
 

@@ -318,6 +318,8 @@ class Envoy:
     #: Only on the root: the envoy of every module, by `id`, and the controllers of the tree.
     _envoys: dict[int, Envoy]
     _instrumentation: Instrumentation
+    #: Captured blocks that take part in every run of the tree, before the others.
+    _edits: list[Any]
 
     def _build(self, module: nn.Module) -> None:
         """Make this envoy the root of a new tree over `module`."""
@@ -325,7 +327,7 @@ class Envoy:
         tree = Tree()
         values.update(
             _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
-            _envoys={id(module): self}, _instrumentation=Instrumentation(tree), _root=weakref.ref(self),
+            _envoys={id(module): self}, _instrumentation=Instrumentation(tree), _root=weakref.ref(self), _edits=[],
         )  # fmt: skip
         self._instrumentation.add(module, self._number)
         _grow(self, self)

@@ -29,6 +29,14 @@ class State(Enum):
     OVER = "over"
 
 
+class Deferred:
+    """A value that several blocks bring together, known when all have been served."""
+
+    def resolve(self) -> Any:
+        """Return the value."""
+        raise NotImplementedError
+
+
 class _Everything(dict[int, list["Mediator"]]):
     """Stands for `waiting` while a run is closing: every visit looks, and is unwound."""
 
@@ -43,13 +51,15 @@ class Interleaver:
         tree: the numbering of its locations; None when the run is over.
         counts: how often each location has been reached, by number.
         waiting: location number -> the mediators parked for it, in the order their blocks were written.
+        mediators: the captured blocks of the run, in the order they were written.
+        conditions: blocks that wait for something that other blocks do: mediator, whether it is met, what it is.
         at: the location that the model stands at, -1 while it moves; `value` is the value there.
         thread: the thread that the model runs in.
         skipped: a one-tuple with what the module being entered shall return instead of running, or None.
     """
 
     __slots__ = (
-        "_error", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at", "carrier", "counts", "kwargs",
+        "_error", "_error_told", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at", "carrier", "conditions", "counts", "kwargs",
         "mediators", "module", "skipped", "skipped_paths", "state", "thread", "tree", "value", "waiting",
     )  # fmt: skip
 
@@ -79,6 +89,7 @@ class Interleaver:
         self.counts: list[int] = [0] * len(instrumentation.tree)
         self.waiting: dict[int, list[Mediator]] = {}
         self.mediators: list[Mediator] = []
+        self.conditions: list[tuple[Mediator, Callable[[], bool], str]] = []
         self.at = -1
         self.value: Any = None
         self.thread = 0
@@ -86,6 +97,7 @@ class Interleaver:
         self.skipped_paths: list[str] = []
         self.state = State.NEW
         self._error: BaseException | None = None
+        self._error_told = False
         self._is_closing = False
         self._is_held = False
         context.run(_enter_model_side, self)
@@ -99,6 +111,8 @@ class Interleaver:
         self.thread = self.carrier.thread
         self.state = State.RUNNING
         try:
+            if self.mediators:
+                self.start_blocks(self.mediators)
             result = self._function(*self.args, **self.kwargs)
             self.visit(self.tree.result, result)
         except Unwind:
@@ -108,6 +122,56 @@ class Interleaver:
         finally:
             self.state = State.OVER
             self.at, self.value = -1, None
+            if self.mediators:
+                self._end_blocks()
+
+    def start_blocks(self, mediators: list[Mediator]) -> None:
+        """Run each of these captured blocks up to its first request."""
+        for mediator in mediators:
+            self._resume(mediator)
+        self._settle()
+
+    def _end_blocks(self) -> None:
+        """Tell every block that still waits that the run is over, and let it go on to its end."""
+        is_taken_down = self._is_closing or any(m.is_stopped or m.error is not None for m in self.mediators)
+        self._is_closing = is_taken_down
+        while pending := [m for m in self.mediators if not m.is_done]:
+            conditional = {id(m) for m, _, _ in self.conditions}
+            mediator = next((m for m in pending if id(m) not in conditional), pending[0])
+            self.conditions = [entry for entry in self.conditions if entry[0] is not mediator]
+            if is_taken_down:
+                mediator.take_down()
+            else:
+                mediator.to_block()
+                while self._answer_condition():
+                    pass
+
+    def _resume(self, mediator: Mediator) -> None:
+        """Let a block go on to its next request. One that has raised takes the model down."""
+        mediator.to_block()
+        while mediator.answer_call():
+            mediator.to_block()
+        if mediator.error is not None:
+            raise Unwind
+
+    def _settle(self) -> None:
+        """Let blocks go on whose conditions are met; then honour a stop."""
+        while self.conditions and self._answer_condition():
+            pass
+        if self.mediators and any(mediator.is_stopped for mediator in self.mediators):
+            raise Unwind
+
+    def _answer_condition(self) -> bool:
+        for entry in self.conditions:
+            mediator, is_met, _ = entry
+            if is_met():
+                self.conditions.remove(entry)
+                if self.state is State.RUNNING:
+                    self._resume(mediator)
+                else:
+                    mediator.to_block()
+                return True
+        return False
 
     def count(self, number: int) -> int:
         """Return how often a location has been reached; locations may be numbered while a run is open."""
@@ -132,11 +196,14 @@ class Interleaver:
         self.at, self.value = number, value
         occurrence = self.counts[number] - 1
         try:
-            while (mediator := self._next(number, occurrence)) is not None:
-                mediator.served = number
-                mediator.to_block()
-                while mediator.answer_call():
-                    mediator.to_block()
+            while True:
+                while (mediator := self._next(number, occurrence)) is not None:
+                    mediator.served = number
+                    self._resume(mediator)
+                if not self.conditions or not self._answer_condition():
+                    break
+            if self.mediators:
+                self._settle()
             return self.value
         finally:
             self.at, self.value = before
@@ -146,6 +213,8 @@ class Interleaver:
         assert self.skipped is not None and self.tree is not None
         (value,) = self.skipped
         self.skipped = None
+        if isinstance(value, Deferred):
+            value = value.resolve()
         self.skipped_paths.append(self.tree[number].path)
         return value
 
@@ -168,6 +237,10 @@ class Interleaver:
         raise Unwind
 
     # -- the block side ------------------------------------------------------------------------------------------
+
+    @property
+    def is_new(self) -> bool:
+        return self.state is State.NEW
 
     @property
     def is_running(self) -> bool:
@@ -211,14 +284,15 @@ class Interleaver:
         """Note what the module at whose input the model stands shall return."""
         self.skipped = (value,)
 
-    def raise_error(self) -> None:
-        """Raise what the model raised, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error
+    def raise_error(self, again: bool = True) -> None:
+        """Raise what the model raised, if it did.
+
+        Args:
+            again: also when a block has been told already.
+        """
+        if self._error is not None and (again or not self._error_told):
+            self._error_told = True
+            raise self._error
 
     def finish(self) -> None:
         """Let the model run to its end. Called by an inline block that asks for nothing more."""
@@ -251,7 +325,9 @@ class Interleaver:
         self.tree = self.carrier = self._function = self.module = self.value = self.skipped = None
         self._error = None
         self.args, self.kwargs = (), {}
-        self.mediators = []
+        for mediator in self.mediators:
+            mediator.close()
+        self.mediators, self.conditions = [], []
         if not self._is_closing:
             self.waiting = {}
 

@@ -42,11 +42,13 @@ class Mediator:
         step: the occurrence that requests mean; None for the next one not yet passed.
         wanted: location number -> occurrence, while the block is parked.
         served: the number of the location that it was last served with, -1 for none.
+        first: the first location touched since this was last set to -1.
+        is_done: whether a captured block has ended; `error` is what it raised, `is_stopped` whether it stopped the run.
     """
 
     __slots__ = (
-        "__weakref__", "_pending_call", "frame", "line", "order", "outer", "run", "served", "step", "thread",
-        "to_block", "to_model", "tree", "wanted",
+        "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "order", "outer",
+        "run", "served", "step", "thread", "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
@@ -59,6 +61,9 @@ class Mediator:
         self.step: int | None = 0
         self.wanted: dict[int, int] | None = None
         self.served = -1
+        self.first = -1
+        self.is_done = self.is_stopped = False
+        self.error: BaseException | None = None
         self.outer: Mediator | None = None
         self.frame: FrameType | None = None
         self.line = 0
@@ -100,6 +105,25 @@ class Mediator:
         self._park(run, wanted)
         return self.served
 
+    def wait_until(self, is_met: Callable[[], bool], what: str) -> None:
+        """Wait for something that other blocks of this run do, such as binding a name.
+
+        Args:
+            is_met: looked at whenever a block has handed over.
+            what: completes "waits for", for the error when it cannot happen any more.
+
+        Raises:
+            DeadlockError: the run is over and nobody can do it any more.
+        """
+        run = self.run
+        if run is None:
+            raise causes.block_is_over(self)
+        if not is_met():
+            run.conditions.append((self, is_met, what))
+            self.to_model()
+            if not is_met():
+                raise causes.deadlock(run, self, what)
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` on the model side, where the modules it calls are visited like the model's own."""
         run = self.run
@@ -127,6 +151,10 @@ class Mediator:
         """End this block here, and the run once its siblings at this visit are served."""
         raise StopBlock(self)
 
+    def take_down(self) -> None:
+        """Unwind a captured block. Called by the model."""
+        raise AssertionError("an inline block is not taken down by the model")
+
     def answer_call(self) -> bool:
         """Run what the block wants run on the model side; False when it asked for nothing. Called by the model."""
         work, self._pending_call = self._pending_call, None
@@ -137,7 +165,7 @@ class Mediator:
 
     def close(self) -> None:
         """Refer to nothing any more."""
-        self.run = self.tree = self.frame = self.wanted = self._pending_call = None
+        self.run = self.tree = self.frame = self.wanted = self._pending_call = self.error = None
         self.to_model = self.to_block = _handed_nowhere
 
     def _reach(self, number: int) -> Interleaver:
@@ -145,6 +173,8 @@ class Mediator:
         run = self.run
         if run is None:
             raise causes.block_is_over(self)
+        if self.first < 0:
+            self.first = number
         step = self.step
         if run.at == number and (step is None or run.counts[number] == step + 1):
             return run

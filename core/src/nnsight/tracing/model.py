@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import nn
 
-from nnsight.errors import NoInputError, WrapError
+from nnsight.errors import BatchError, NoInputError, WrapError
+from nnsight.capture.callsite import is_with_item
 from nnsight.kernel import envoy as kernel
 from nnsight.protocols import Inputs
 from nnsight.tracing import saving
-from nnsight.tracing.callsite import is_with_item
+from nnsight.tracing.batching import Batch, join_values
 from nnsight.tracing.tracer import Tracer
 
 P = ParamSpec("P")
@@ -32,7 +33,7 @@ class Envoy(kernel.Envoy):
 
     def trace(
         self, *args: Any, trace: bool = True, fn: Callable[..., Any] | str | None = None, remote: Any = False,
-        backend: Any = None, **kwargs: Any,
+        backend: Any = None, batched: bool = True, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Run the module once with a block: `with model.trace(x) as tracer:`.
 
@@ -42,6 +43,7 @@ class Envoy(kernel.Envoy):
             fn: what to run instead of the module itself: a callable that drives it, or the name of a method.
             remote: where to run; False is here.
             backend: what carries the block there.
+            batched: False runs invokes one after another, each exactly as it would run alone.
             **kwargs: for the module's forward.
 
         Returns:
@@ -50,26 +52,21 @@ class Envoy(kernel.Envoy):
         Raises:
             InputError: the input cannot be used.
         """
-        function = self._callable("trace", fn)
+        function = self._module if fn is None else getattr(self._module, fn) if isinstance(fn, str) else fn
         if not trace:
             return self._run_plainly("trace", function, args, kwargs)
-        return self._open("trace", function, args, kwargs, remote, backend)
+        return self._open("trace", function, args, kwargs, remote, backend, batched)
 
     def _open(
         self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-        remote: Any, backend: Any,
+        remote: Any, backend: Any, batched: bool,
     ) -> Tracer:  # fmt: skip
         if remote or backend is not None:
             from nnsight import plugins  # lazy: a transport is a plugin
 
             opened: Tracer = plugins.open_remote(self, method, args, kwargs, remote, backend)
             return opened
-        return Tracer(self, method, function, args, kwargs)
-
-    def _callable(self, method: str, fn: Callable[..., Any] | str | None) -> Callable[..., Any]:
-        if fn is None:
-            return self._module
-        return getattr(self._module, fn) if isinstance(fn, str) else fn
+        return Tracer(self, method, function, args, kwargs, batched)
 
     def _run_plainly(
         self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -89,18 +86,29 @@ class Envoy(kernel.Envoy):
                 return root.prepare(method, args, kwargs)
         return Inputs(args, kwargs, _leading_size(args, kwargs))
 
-    def _without_input(self, method: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what a trace without input runs: the model if it takes no arguments, else the error that says so."""
+    def _join(self, inputs: Sequence[Inputs]) -> Inputs:
+        """Join what invokes feed this module."""
+        return inputs[0] if len(inputs) == 1 else NNsight.join(self, inputs)  # type: ignore[arg-type]
+
+    def _rows(self, tensor: torch.Tensor, batch: Batch) -> slice | None:
+        """Return which slice of dim 0 of a tensor is an invoke's."""
+        root = self.root
+        return root.rows(tensor, batch) if isinstance(root, NNsight) else NNsight.rows(self, tensor, batch)  # type: ignore[arg-type]
+
+    def _without_input(
+        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """Return what a trace without input runs: the model if it can be called so, else the error that says so."""
         called = function.forward if isinstance(function, nn.Module) else function
         try:
-            inspect.signature(called).bind()
+            inspect.signature(called).bind(*args, **kwargs)
             takes_none = not getattr(self.root, "requires_input", False)
         except TypeError:
             takes_none = False
         if takes_none:
             return function
 
-        def refuse() -> None:
+        def refuse(*args: Any, **kwargs: Any) -> None:
             raise NoInputError(NO_INPUT.format(path=path, method=method))
 
         path = self._path
@@ -151,6 +159,41 @@ class NNsight(Envoy):
         """
         return Inputs(args, kwargs, _leading_size(args, kwargs))
 
+    def join(self, inputs: Sequence[Inputs]) -> Inputs:
+        """Join what several invokes feed the model into one call.
+
+        Args:
+            inputs: what `prepare` returned for each invoke that has an input, in order.
+
+        Returns:
+            The joint call; its rows are those of the inputs one after another.
+
+        Raises:
+            BatchError: they cannot be joined.
+        """
+        first = inputs[0]
+        if len(inputs) == 1:
+            return first
+        shapes = {(len(one.args), tuple(one.kwargs)) for one in inputs}
+        if len(shapes) > 1:
+            raise BatchError("The invokes cannot be joined: they were given different arguments.")
+        args = tuple(
+            join_values([one.args[i] for one in inputs], f"argument {i + 1}") for i in range(len(first.args))
+        )
+        kwargs = {name: join_values([one.kwargs[name] for one in inputs], f"`{name}`") for name in first.kwargs}
+        return Inputs(args, kwargs, sum(one.rows or 0 for one in inputs))
+
+    def rows(self, tensor: torch.Tensor, batch: Batch) -> slice | None:
+        """Return which slice of dim 0 of a tensor holds the rows of one invoke; None when it holds no rows.
+
+        Args:
+            tensor: a value of the run, any shape but ().
+            batch: the invoke's rows, and the joint call.
+        """
+        if tensor.shape[0] != batch.joint.total:
+            return None
+        return slice(batch.start, batch.start + batch.size)
+
     @property
     def dispatched(self) -> bool:
         """Whether the weights are loaded. Always, for a module that was given."""
@@ -187,9 +230,10 @@ def traceable(
     @wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
         remote, backend = kwargs.pop("remote", False), kwargs.pop("backend", None)
+        batched = bool(kwargs.pop("batched", True))
         function = method.__get__(self, type(self))
         if kwargs.pop("trace", True) and is_with_item(sys._getframe(1)):
-            return self._open(name, function, args, kwargs, remote, backend)
+            return self._open(name, function, args, kwargs, remote, backend, batched)
         return self._run_plainly(name, function, args, kwargs)
 
     return call
@@ -213,13 +257,12 @@ def _check_module(module: object) -> None:
 
 
 def _leading_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the first size of the first tensor given; 1 when there are only other things, None when nothing."""
+    """Return the first size of the first tensor given; 1 for other arguments, None for options alone."""
     values = [*args, *kwargs.values()]
-    if not values:
-        return None
-    return next((value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim), 1)
+    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
+    return sizes[0] if sizes else (1 if args else None)
 
 
 def _is_mirror(name: str, value: object) -> bool:
-    kept = ("_module", "_tree", "_path", "_number", "_parent", "_root", "_children", "_envoys", "_instrumentation")
+    kept = ("_module", "_tree", "_path", "_number", "_parent", "_root", "_children", "_envoys", "_instrumentation", "_edits")
     return name in kept or isinstance(value, kernel.Envoy)

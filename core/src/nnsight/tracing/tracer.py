@@ -1,7 +1,8 @@
 """`with model.trace(...) as tracer:`: an inline block and the run it belongs to.
 
 The body runs where it stands. Entering prepares the input and starts nothing; the first request starts the model and
-runs it up to that location; leaving lets it finish, or takes it down when the body raised.
+runs it up to that location; leaving lets it finish, or takes it down when the body raised. A trace without an input
+collects invokes, and their blocks take part in the run (`joint.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from contextvars import copy_context
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from nnsight.errors import NotInTreeError, TracerStateError
+from nnsight.errors import InvokeError, NotInTreeError, TracerStateError
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import close_block, find, open_block, require, wrong_thread
+from nnsight.kernel.controller import current_run
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator, StopBlock
 
 if TYPE_CHECKING:
+    from nnsight.tracing.invoker import Invoker
+    from nnsight.tracing.joint import Invokes
     from nnsight.tracing.model import Envoy
 
 _REUSED = (
@@ -29,14 +33,19 @@ _NOT_ENTERED = (
     "This tracer is not open. `model.{method}(...)` needs its `with`: `with model.{method}(...) as tracer:`, and the "
     "tracer works inside that block."
 )
+_RUNNING = (
+    "Cannot invoke during an active model execution / interleaving: {why}. Use `model.{method}()` with no input and "
+    "give every input to a `with tracer.invoke(input):` of its own, before anything is read from the model."
+)
 
 
 class Tracer:
     """One run of a model and the block that takes part in it."""
 
     def __init__(
-        self, envoy: Envoy, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+        self, envoy: Envoy, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        batched: bool = True,
+    ) -> None:  # fmt: skip
         """Keep what to run.
 
         Args:
@@ -45,32 +54,43 @@ class Tracer:
             function: runs the model, called with the prepared arguments on the model side.
             args: the user's arguments, not yet prepared.
             kwargs: the user's keyword arguments.
+            batched: whether invokes run as one batch, or one after another.
         """
         self._envoy: Envoy | None = envoy
         self._method = method
         self._function: Callable[..., Any] | None = function
         self._args, self._kwargs = args, kwargs
+        self._batched = batched
         self._run: Interleaver | None = None
         self._mediator: Mediator | None = None
         self._frame: FrameType | None = None
+        self._invokes: Invokes | None = None
 
     def __enter__(self) -> Self:
         envoy, function = self._envoy, self._function
         if envoy is None or function is None or self._run is not None:
             raise TracerStateError(_REUSED.format(method=self._method))
         frame = sys._getframe(1)
-        root = envoy.root
         inputs = envoy._prepare(self._method, self._args, self._kwargs)
         if inputs.rows is None:
-            function = envoy._without_input(self._method, function)
-        run = Interleaver(root._instrumentation, root._module, function, copy_context(), ambient.probe())
+            from nnsight.tracing.joint import Invokes  # lazy: a trace with an input needs nothing of it
+
+            self._invokes = Invokes(envoy, self._method, function, self._batched)
+            function = self._invokes.run
+        run = self._run = self._make_run(envoy.root, function)
         run.args, run.kwargs = inputs.args, inputs.kwargs
         assert run.carrier is not None
-        mediator = Mediator(run, run.carrier.resume, run.carrier.pause)
-        mediator.frame, mediator.line = frame, frame.f_lineno
-        self._run, self._mediator, self._frame = run, mediator, frame
+        mediator = self._mediator = Mediator(run, run.carrier.resume, run.carrier.pause, order=sys.maxsize)
+        mediator.frame, mediator.line = self._frame, _ = frame, frame.f_lineno
         open_block(frame, mediator)
         return self
+
+    def _make_run(self, root: Envoy, function: Callable[..., Any]) -> Interleaver:
+        """Prepare a run with the model's edits in it."""
+        run = Interleaver(root._instrumentation, root._module, function, copy_context(), ambient.probe())
+        if root._edits:
+            run.mediators = [edit.join(run, order - len(root._edits)) for order, edit in enumerate(root._edits)]
+        return run
 
     if TYPE_CHECKING:
         # Declared to return nothing: a checker would otherwise take every name the block binds for possibly unbound.
@@ -87,13 +107,28 @@ class Tracer:
                 self._leave_to_its_thread(run, mediator)
             try:
                 if error is None:
-                    run.finish()
-                    run.raise_error()
+                    self._finish(run)
                     return False
                 run.unwind()
+                if self._invokes is not None:
+                    self._invokes.write_back()
                 return isinstance(error, StopBlock) and error.mediator is mediator
             finally:
                 self._end(run, mediator)
+
+    def _finish(self, run: Interleaver) -> None:
+        """Let the model run to its end, and raise what went wrong in it or in a captured block."""
+        invokes = self._invokes
+        if invokes is not None and not self._batched and run.is_new:
+            invokes.run_apart(self._make_run, run)
+            return
+        run.finish()
+        if invokes is not None:
+            invokes.write_back()
+        for mediator in run.mediators:
+            if mediator.error is not None:
+                raise mediator.error
+        run.raise_error(again=False)
 
     def _leave_to_its_thread(self, run: Interleaver, mediator: Mediator) -> None:
         """Close a block from a thread that is not its own, and say so."""
@@ -108,8 +143,29 @@ class Tracer:
         close_block(self._frame, mediator)
         mediator.close()
         run.close()
-        self._run = self._mediator = self._frame = self._envoy = self._function = None
+        if self._invokes is not None:
+            self._invokes.close()
+        self._run = self._mediator = self._frame = self._envoy = self._function = self._invokes = None
         self._args, self._kwargs = (), {}
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """Add one input to the batch, with a block of its own: `with tracer.invoke(x):`.
+
+        Args:
+            *args: the input, as the model class takes it; none at all for a block that sees the whole batch.
+            **kwargs: for the traced call, together with the input.
+
+        Raises:
+            InvokeError: the trace has an input of its own, or its run has begun.
+        """
+        run = self._run
+        if run is None:
+            raise TracerStateError(_NOT_ENTERED.format(method=self._method))
+        if current_run.get() is run or not run.is_new:
+            raise InvokeError(_RUNNING.format(why="the run of this trace has begun", method=self._method))
+        if self._invokes is None:
+            raise InvokeError(_RUNNING.format(why="this trace was given an input of its own", method=self._method))
+        return self._invokes.add(args, kwargs)
 
     @property
     def result(self) -> Any:

@@ -1,0 +1,268 @@
+"""The rows of a joint batch that belong to one block: what it reads of a value, and how what it writes goes back.
+
+Reading gives views, so in-place edits flow on. Writing copies the joint value once per visit, however many blocks
+write. Which rows of a tensor are a block's is said by the model class (`rows`); what it does not say is not guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nnsight.errors import BatchError
+from nnsight.kernel.interleaver import Deferred
+
+Unsplit = tuple[torch.Tensor, int]  # a tensor handed out whole, and its version then
+Transform = Callable[[Any], Any]
+_containers: list[tuple[type, Callable[[Any, Transform], Any]]] = []
+
+NOT_ROWS = (
+    "`{where}` holds a tensor of shape {shape} whose rows are not those of the batch ({total} rows), so what one invoke "
+    "writes there would reach the others. Read it only, write it from an invoke without input (which has the whole "
+    "batch), or let the model class declare its layout in `rows`."
+)
+
+
+def register_container(kind: type, transform: Callable[[Any, Transform], Any]) -> None:
+    """Teach batches to look into a container type.
+
+    Args:
+        kind: the type, subclasses included.
+        transform: called with a container and a function of one value; returns a container of the same kind with the
+            function applied to each value, leaving the given one as it is.
+    """
+    _containers.insert(0, (kind, transform))
+
+
+class Joint:
+    """What all invokes of a run share: the joint call and the tensors already copied for writing.
+
+    Attributes:
+        total: how many rows the batch has.
+        args: the joint call's positional arguments; `kwargs` its keyword arguments.
+        rows: the model class's word on which rows of a tensor are a block's.
+    """
+
+    def __init__(self, total: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows, tables: set[int]) -> None:
+        self.total = total
+        self.args = args
+        self.kwargs = kwargs
+        self.rows = rows
+        self._tables = tables
+        self._visit: tuple[int, int] | None = None
+        self._copies: dict[int, torch.Tensor] = {}
+
+    def is_table(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is (a view of) a parameter or buffer: then it has no rows of a batch."""
+        return tensor.untyped_storage().data_ptr() in self._tables
+
+    def copy(self, tensor: torch.Tensor, visit: tuple[int, int]) -> torch.Tensor:
+        """Return a copy of the joint tensor to write rows into: one per visit."""
+        if self._visit != visit:
+            self._visit, self._copies = visit, {}
+        if id(tensor) in self._copies:
+            return tensor
+        new = tensor.clone()
+        self._copies[id(new)] = new
+        return new
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The rows of one block.
+
+    Attributes:
+        start: its first row; `size` how many it has.
+        joint: what it shares with the other blocks.
+    """
+
+    start: int
+    size: int
+    joint: Joint
+
+    def slice_of(self, tensor: torch.Tensor) -> slice | None:
+        """Return which slice of dim 0 is this block's; None when the rows are not those of the batch."""
+        if tensor.ndim == 0 or self.joint.is_table(tensor):
+            return None
+        return self.joint.rows(tensor, self)
+
+    def narrow(self, value: Any, unsplit: list[Unsplit]) -> Any:
+        """Return what this block sees of a value: views of its rows. Tensors given whole are added to `unsplit`."""
+
+        def view(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            rows = self.slice_of(leaf)
+            if rows is None:
+                if leaf.ndim and not leaf.is_inference():
+                    unsplit.append((leaf, leaf._version))
+                return leaf
+            return leaf[rows]
+
+        return transform(value, view)
+
+    def splice(self, whole: Any, part: Any, seen: Any, visit: tuple[int, int], where: str) -> Any:
+        """Return the joint value with this block's rows replaced by `part`.
+
+        Args:
+            whole: the joint value.
+            part: what the block has assigned.
+            seen: what the block had read of it; parts of that left as they were are recognised by identity.
+            visit: the visit, for one copy per visit.
+            where: the location, for messages.
+        """
+        if isinstance(whole, torch.Tensor):
+            return self._splice_tensor(whole, part, seen, visit, where)
+        if part is whole or (seen is not None and part is seen):
+            return whole
+        if isinstance(whole, tuple | list):
+            if not isinstance(part, tuple | list) or len(part) != len(whole):
+                raise BatchError(f"`{where}` is a {type(whole).__name__} of {len(whole)}; got {_describe(part)}.")
+            olds = seen if isinstance(seen, tuple | list) and len(seen) == len(whole) else [None] * len(whole)
+            items = [self.splice(*triple, visit, where) for triple in zip(whole, part, olds, strict=True)]
+            return _rebuild_sequence(whole, items)
+        if isinstance(whole, dict):
+            if not isinstance(part, dict) or set(part) != set(whole):
+                raise BatchError(f"`{where}` is a {type(whole).__name__} with keys {list(whole)}; got {_describe(part)}.")
+            new = copy.copy(whole)
+            for key in whole:
+                old = seen.get(key) if isinstance(seen, dict) else None
+                new[key] = self.splice(whole[key], part[key], old, visit, where)
+            return new
+        if whole is None or isinstance(whole, bool | int | float | str):
+            if part == whole:
+                return whole
+        raise BatchError(
+            f"`{where}` holds a {type(whole).__name__}, which cannot be replaced for the rows of one invoke. Write it "
+            "from an invoke without input, which has the whole batch."
+        )
+
+    def _splice_tensor(self, whole: torch.Tensor, part: Any, seen: Any, visit: tuple[int, int], where: str) -> Any:
+        if part is whole or (seen is not None and part is seen):
+            return whole
+        rows = self.slice_of(whole)
+        if rows is None:
+            raise BatchError(NOT_ROWS.format(where=where, shape=tuple(whole.shape), total=self.joint.total))
+        if not isinstance(part, torch.Tensor):
+            raise BatchError(f"`{where}` is a tensor of shape {tuple(whole[rows].shape)}; got {_describe(part)}.")
+        if part.shape != whole[rows].shape:
+            raise BatchError(
+                f"`{where}` has shape {tuple(whole[rows].shape)} for the rows of this invoke, and the value assigned "
+                f"has shape {tuple(part.shape)}. In a joint batch every invoke must keep the shape."
+            )
+        new = self.joint.copy(whole, visit)
+        new[rows] = part.to(new.dtype) if part.dtype != new.dtype else part
+        return new
+
+    def skip(self, value: Any, pending: tuple[Any] | None, path: str) -> PartialSkip:
+        """Return what the module being skipped shall give, with this block's rows of it added."""
+        partial = pending[0] if pending and isinstance(pending[0], PartialSkip) else PartialSkip(path, self.joint.total)
+        partial.pieces[self.start] = (self.size, value)
+        return partial
+
+
+Rows = Callable[[torch.Tensor, Batch], slice | None]
+
+
+class PartialSkip(Deferred):
+    """What a skipped module gives, in pieces that the invokes bring."""
+
+    def __init__(self, path: str, total: int) -> None:
+        self.path = path
+        self.total = total
+        self.pieces: dict[int, tuple[int, Any]] = {}
+
+    def resolve(self) -> Any:
+        """Return the pieces joined.
+
+        Raises:
+            BatchError: some invoke has not skipped the module.
+        """
+        covered = sum(size for size, _ in self.pieces.values())
+        if covered != self.total:
+            raise BatchError(
+                f"A batched .skip() has to cover every row: `{self.path}` was skipped for {covered} of {self.total} "
+                "rows. Skip it in every invoke, or assign its output instead."
+            )
+        return _concatenate([value for _, (_, value) in sorted(self.pieces.items())], self.path)
+
+
+def transform(value: Any, function: Transform) -> Any:
+    """Return a value with `function` applied to everything in it that is no container; identity is kept if it can."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    for kind, special in _containers:
+        if isinstance(value, kind):
+            return special(value, lambda inner: transform(inner, function))
+    if isinstance(value, tuple | list):
+        return _rebuild_sequence(value, [transform(item, function) for item in value])
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = transform(item, function)
+        return new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(new, field.name, transform(getattr(value, field.name), function))
+        return new
+    return function(value)
+
+
+def check_unsplit(unsplit: Sequence[Unsplit]) -> None:
+    """Raise when a tensor that an invoke was given whole has been edited in place: that would reach the others."""
+    for tensor, version in unsplit:
+        if tensor._version != version:
+            raise BatchError(
+                f"A tensor of shape {tuple(tensor.shape)} was edited in place by an invoke, but its rows are not those "
+                "of the batch: the edit has reached the other invokes. Clone it before editing, or edit it from an "
+                "invoke without input, which has the whole batch."
+            )
+
+
+def join_values(values: Sequence[Any], name: str) -> Any:
+    """Join what several invokes give for one argument: tensors along dim 0, anything else must be the same.
+
+    Raises:
+        BatchError: they cannot be joined.
+    """
+    if all(isinstance(value, torch.Tensor) for value in values):
+        return _concatenate(values, name)
+    if all(value is values[0] or _equal(value, values[0]) for value in values):
+        return values[0]
+    raise BatchError(f"The invokes cannot be joined: they give different values for {name}, and it is no tensor.")
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and isinstance(left, bool | int | float | str | None) and left == right
+
+
+def _concatenate(values: Sequence[Any], name: str) -> Any:
+    first = values[0]
+    if isinstance(first, tuple | list):
+        return _rebuild_sequence(first, [_concatenate(items, name) for items in zip(*values, strict=True)])
+    if not isinstance(first, torch.Tensor):
+        return first
+    shapes = [tuple(value.shape) for value in values]
+    if len({shape[1:] for shape in shapes}) > 1 or any(len(shape) == 0 for shape in shapes):
+        raise BatchError(f"The invokes cannot be joined: {name} has shapes {shapes}, equal only up to dim 0 would do.")
+    if len({(value.dtype, value.device) for value in values}) > 1:
+        kinds = [f"{value.dtype} on {value.device}" for value in values]
+        raise BatchError(f"The invokes cannot be joined: {name} is {', '.join(kinds)}.")
+    return torch.cat(list(values))
+
+
+def _rebuild_sequence(old: Any, items: list[Any]) -> Any:
+    if hasattr(old, "_fields"):
+        return type(old)(*items)
+    return type(old)(items)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list | dict) else "")

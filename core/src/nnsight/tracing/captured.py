@@ -1,0 +1,146 @@
+"""A captured block as a part of a run: a carried job, with the rows of the batch that are its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+from nnsight.capture.cells import Scope
+from nnsight.kernel import ambient
+from nnsight.kernel.blocks import adopt_block, clear_hint
+from nnsight.kernel.mediator import Mediator, StopBlock
+from nnsight.kernel.sides import Unwind, make_carrier
+from nnsight.tracing.batching import Batch, Unsplit, check_unsplit
+
+if TYPE_CHECKING:
+    from nnsight.kernel.interleaver import Interleaver
+
+get_ident = threading.get_ident
+
+
+class CapturedBlock:
+    """A body that has been taken out of its frame, with what held where it was entered.
+
+    Args:
+        scope: its variables.
+        entered: what `as` binds in it.
+        what: how messages call it: "invoke", "edit".
+    """
+
+    def __init__(self, scope: Scope, entered: object, what: str) -> None:
+        self.scope = scope
+        self.entered = entered
+        self.what = what
+        self.context = copy_context()
+        self.state = ambient.probe()
+
+    @property
+    def where(self) -> str:
+        return self.scope.block.where
+
+    def join(self, run: Interleaver, order: int, batch: Batch | None = None) -> CapturedMediator:
+        """Take a seat in a run."""
+        return CapturedMediator(run, self, order, batch)
+
+
+class CapturedMediator(Mediator):
+    """The seat of a captured block. The model drives it."""
+
+    __slots__ = ("_last", "_unsplit", "batch", "block", "body", "carrier")
+
+    def __init__(self, run: Interleaver, block: CapturedBlock, order: int, batch: Batch | None) -> None:
+        self.block: CapturedBlock | None = block
+        self.batch = batch
+        self._last: tuple[int, int, Any, Any] | None = None
+        self._unsplit: list[Unsplit] = []
+        self.carrier = make_carrier(self._work, block.context.copy(), block.state, is_model=False)
+        super().__init__(run, self.carrier.pause, self.carrier.resume, order)
+        self.line = block.scope.block.node.lineno
+        self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)
+
+    @property
+    def where(self) -> str:
+        return f"({self.block.what} at {self.block.where})" if self.block is not None else "(closed)"
+
+    def take_down(self) -> None:
+        self.carrier.unwind()
+        self.is_done = True
+
+    def close(self) -> None:
+        if self.block is not None:
+            self.block.scope.is_over = True
+        self.block = self.batch = self.body = self._last = None
+        self._unsplit = []
+        super().close()
+
+    def _work(self) -> None:
+        """Run the block. Everything it raises is kept for the end of the run."""
+        body, block = self.body, self.block
+        assert body is not None and block is not None
+        self.thread = get_ident()
+        adopt_block(self)
+        try:
+            body()
+            self._check_unsplit()
+        except Unwind:
+            pass
+        except StopBlock as stop:
+            self.is_stopped = stop.mediator is self
+            if not self.is_stopped:
+                self.error = stop
+        except BaseException as error:  # raised again at the end of the `with`
+            error.add_note(f"in the {block.what} opened at {block.where}")
+            self.error = error
+        finally:
+            clear_hint()
+            self.is_done = True
+            block.scope.is_over = True
+
+    def _wait_for_name(self, sibling: Scope, name: str) -> None:
+        self.wait_until(
+            lambda: sibling.is_over or sibling.has(name), f"the name {name!r} from the block at {sibling.block.where}"
+        )
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def read(self, number: int) -> Any:
+        run = self._reach(number)
+        batch = self.batch
+        if batch is None:
+            return run.value
+        last, visit = self._last, run.counts[number]
+        if last is not None and last[0] == number and last[1] == visit and last[2] is run.value:
+            return last[3]
+        view = batch.narrow(run.value, self._unsplit)
+        self._last = number, visit, run.value, view
+        return view
+
+    def write(self, number: int, value: Any) -> None:
+        run = self._reach(number)
+        if self.batch is not None:
+            assert self.tree is not None
+            last = self._last
+            seen = last[3] if last is not None and last[0] == number and last[2] is run.value else None
+            visit = (number, run.counts[number])
+            run.value = self.batch.splice(run.value, value, seen, visit, str(self.tree[number]))
+        else:
+            run.value = value
+
+    def skip(self, number: int, value: Any) -> None:
+        run = self._reach(number)
+        if self.batch is None:
+            run.skip(number, value)
+        else:
+            assert self.tree is not None
+            run.skip(number, self.batch.skip(value, run.skipped, self.tree[number].path))
+
+    def _park(self, run: Interleaver, wanted: dict[int, int]) -> None:
+        if self._unsplit:
+            self._check_unsplit()
+        super()._park(run, wanted)
+
+    def _check_unsplit(self) -> None:
+        unsplit, self._unsplit = self._unsplit, []
+        check_unsplit(unsplit)

@@ -1,0 +1,80 @@
+"""`with tracer.invoke(input):`: captures a block, to be run when it is its turn."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from nnsight.capture.cells import Scope
+from nnsight.capture.compiler import read_block
+from nnsight.capture.leave import Leave, Leaving
+from nnsight.tracing.captured import CapturedBlock
+
+if TYPE_CHECKING:
+    from nnsight.protocols import Inputs
+    from nnsight.tracing.joint import Invokes
+
+
+class Capture:
+    """A `with` item whose body is captured instead of run."""
+
+    what = "block"
+    _leaving: Leaving | None = None
+    _block: CapturedBlock | None = None
+
+    def __enter__(self) -> Any:
+        frame = sys._getframe(1)
+        scope = Scope(read_block(frame), frame, self._siblings())
+        self._block = CapturedBlock(scope, self._entered(), self.what)
+        self._leaving = Leaving(frame)
+        return self._block.entered
+
+    if TYPE_CHECKING:
+
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        ) -> None: ...
+    else:
+
+        def __exit__(self, kind, error, traceback) -> bool:
+            leaving, self._leaving = self._leaving, None
+            leaving.restore()
+            block, self._block = self._block, None
+            if kind is not Leave:
+                return False
+            self._captured(block)
+            return True
+
+    def _siblings(self) -> list[Scope]:
+        """Return the blocks before this one, whose names it may read."""
+        return []
+
+    def _entered(self) -> Any:
+        """Return what `as` binds."""
+        return self
+
+    def _captured(self, block: CapturedBlock) -> None:
+        """Take the block that was captured."""
+        raise NotImplementedError
+
+
+class Invoker(Capture):
+    """One invoke: what it feeds the model, and its block.
+
+    Args:
+        invokes: the invokes of the trace.
+        inputs: its input, prepared; None for a block over the whole batch.
+    """
+
+    what = "invoke"
+
+    def __init__(self, invokes: Invokes, inputs: Inputs | None) -> None:
+        self._invokes = invokes
+        self.inputs = inputs
+
+    def _siblings(self) -> list[Scope]:
+        return [block.scope for block, _ in self._invokes.entries]
+
+    def _captured(self, block: CapturedBlock) -> None:
+        self._invokes.entries.append((block, self.inputs))

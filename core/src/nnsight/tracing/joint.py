@@ -1,0 +1,129 @@
+"""The invokes of a trace: joined into one call, or run one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnsight.capture.cells import write_back
+from nnsight.errors import InvokeError
+from nnsight.kernel.interleaver import Interleaver
+from nnsight.protocols import Inputs
+from nnsight.tracing.batching import Batch, Joint
+from nnsight.tracing.captured import CapturedBlock
+from nnsight.tracing.invoker import Invoker
+
+if TYPE_CHECKING:
+    from nnsight.tracing.model import Envoy
+
+_NO_WHOLE = (
+    "The invoke at {where} has no input, so it would see the whole batch; with batched=False there is none. Give it an "
+    "input, or leave out batched=False."
+)
+
+
+class Invokes:
+    """What the invokes of one trace bring, in the order they were written.
+
+    Args:
+        envoy: what is traced.
+        method: the method that opened the trace.
+        function: runs the model.
+        batched: whether they are one batch.
+    """
+
+    def __init__(self, envoy: Envoy, method: str, function: Callable[..., Any], batched: bool) -> None:
+        self._envoy: Envoy | None = envoy
+        self._method = method
+        self._function: Callable[..., Any] | None = function
+        self._batched = batched
+        self._run: Interleaver | None = None
+        self.entries: list[tuple[CapturedBlock, Inputs | None]] = []
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invoker:
+        """Return what captures the block of one more invoke."""
+        inputs = None
+        if args or kwargs:
+            assert self._envoy is not None
+            inputs = self._envoy._prepare(self._method, args, kwargs)
+            if inputs.rows is None:
+                raise InvokeError(
+                    f"This invoke was given {', '.join(kwargs) or 'nothing'} but no input. Give the input first, or no "
+                    "arguments at all for a block over the whole batch."
+                )
+        return Invoker(self, inputs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on the joint batch. Called on the model side, with the trace's own arguments."""
+        from nnsight.kernel.controller import current_run
+
+        run, envoy, function = current_run.get(), self._envoy, self._function
+        assert run is not None and envoy is not None and function is not None
+        fed = [inputs for _, inputs in self.entries if inputs is not None]
+        if not fed:
+            call = envoy._without_input(self._method, function, args, kwargs)
+            self._take_part(run, None)
+            return call(*args, **kwargs)
+        joint = envoy._join(fed)
+        kwargs = {**kwargs, **joint.kwargs}
+        args = (*args, *joint.args)
+        shared = None
+        if len(fed) > 1:
+            root = envoy.root
+            tables = {tensor.untyped_storage().data_ptr() for tensor in _tensors(root._module)}
+            shared = Joint(joint.rows or 0, args, kwargs, envoy._rows, tables)
+        self._take_part(run, shared)
+        return function(*args, **kwargs)
+
+    def _take_part(self, run: Interleaver, shared: Joint | None) -> None:
+        """Let every block take its seat, and run up to its first request."""
+        start = 0
+        blocks = []
+        for order, (block, inputs) in enumerate(self.entries):
+            batch = None
+            if inputs is not None and shared is not None:
+                batch = Batch(start, inputs.rows or 0, shared)
+                start += batch.size
+            blocks.append(block.join(run, order, batch))
+        run.mediators += blocks
+        run.start_blocks(blocks)
+
+    def run_apart(self, make_run: Callable[[Envoy, Callable[..., Any]], Interleaver], template: Interleaver) -> None:
+        """Run the invokes one after another, each as if it were alone."""
+        envoy = self._envoy
+        assert envoy is not None and self._function is not None
+        for block, inputs in self.entries:
+            if inputs is None:
+                raise InvokeError(_NO_WHOLE.format(where=block.where))
+        for block, inputs in self.entries:
+            assert inputs is not None
+            run = make_run(envoy.root, self._function)
+            run.args, run.kwargs = (*template.args, *inputs.args), {**template.kwargs, **inputs.kwargs}
+            run.mediators.append(block.join(run, 0))
+            try:
+                run.finish()
+                for mediator in run.mediators:
+                    if mediator.error is not None:
+                        raise mediator.error
+                run.raise_error(again=False)
+            finally:
+                run.close()
+                self.write_back()
+
+    def write_back(self) -> None:
+        """Write what the blocks have bound to the frames they are written in."""
+        write_back([block.scope for block, _ in self.entries])
+
+    def close(self) -> None:
+        """Refer to nothing any more."""
+        for block, _ in self.entries:
+            block.scope.close()
+        self.entries = []
+        self._envoy = self._function = None
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
