@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from nnsight._compat import Object as Object
     from nnsight.config import CONFIG as CONFIG
+    from nnsight.errors import BatchError as BatchError
     from nnsight.errors import CaptureError as CaptureError
     from nnsight.errors import ConfigError as ConfigError
     from nnsight.errors import ConfigWarning as ConfigWarning
     from nnsight.errors import DeadlockError as DeadlockError
     from nnsight.errors import InputError as InputError
+    from nnsight.errors import InvokeError as InvokeError
     from nnsight.errors import MissedProviderError as MissedProviderError
     from nnsight.errors import MissingPluginError as MissingPluginError
     from nnsight.errors import NNsightError as NNsightError
@@ -50,10 +52,10 @@ _PUBLIC = {
     "nnsight._compat": ("Object",),
     "nnsight.config": ("CONFIG",),
     "nnsight.errors": (
-        "CaptureError", "ConfigError", "ConfigWarning", "DeadlockError", "InputError", "MissedProviderError",
-        "MissingPluginError", "NNsightError", "NoInputError", "NotInTreeError", "OrphanError", "OutOfOrderError",
-        "OutsideTraceError", "PluginConflictError", "PluginDisabledError", "PluginError", "PluginWarning", "SaveError",
-        "TracerStateError", "UnknownPluginError", "WrapError", "WrongThreadError",
+        "BatchError", "CaptureError", "ConfigError", "ConfigWarning", "DeadlockError", "InputError", "InvokeError",
+        "MissedProviderError", "MissingPluginError", "NNsightError", "NoInputError", "NotInTreeError", "OrphanError",
+        "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError", "PluginError",
+        "PluginWarning", "SaveError", "TracerStateError", "UnknownPluginError", "WrapError", "WrongThreadError",
     ),
     "nnsight.hookspecs": ("hookimpl",),
     "nnsight.kernel.interleaver": ("Interleaver",),

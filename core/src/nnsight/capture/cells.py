@@ -131,6 +131,24 @@ def write_back(scopes: Sequence[Scope]) -> None:
             _store(frame, values, removed)
 
 
+def bind(scope: Scope, entered: Any) -> None:
+    """Bind in the frame what the `as` of a captured item binds."""
+    if scope.frame is None:
+        return
+    values: dict[str, Any] = {}
+
+    def walk(target: Any, value: Any) -> None:
+        if isinstance(target, str):
+            values[target] = value
+        elif isinstance(target, list):
+            for inner, item in zip(target, value, strict=True):
+                walk(inner, item)
+
+    walk(scope.block.target, entered)
+    if values:
+        _store(scope.frame, values, set())
+
+
 def _store(frame: FrameType, values: dict[str, Any], removed: set[str]) -> None:
     namespace = frame.f_locals
     namespace.update(values)

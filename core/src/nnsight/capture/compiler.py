@@ -6,6 +6,7 @@ import ast
 import copy
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
+from typing import Any
 
 from nnsight.capture.locate import CHANGED, find_with
 from nnsight.capture.names import Names, inner_names, mangle
@@ -48,6 +49,11 @@ class Block:
     @property
     def where(self) -> str:
         return f"{self.code.co_filename}:{self.node.lineno}"
+
+    @property
+    def target(self) -> Any:
+        """What `as` binds: a name, a list of targets where it unpacks, None for anything else."""
+        return _target(self.node.items[self.item].optional_vars, self.owner)
 
     def compile(self, cells: frozenset[str], marked: frozenset[str]) -> CodeType:
         """Return the body as the code of a closure.
@@ -137,6 +143,14 @@ def _read(frame: FrameType) -> Block:
         frozenset(mangle(name, owner) for name in names.loaded),
         frozenset(mangle(name, owner) for name in names.deleted), frozenset(declared),
     )  # fmt: skip
+
+
+def _target(node: ast.expr | None, owner: str) -> Any:
+    if isinstance(node, ast.Name):
+        return mangle(node.id, owner)
+    if isinstance(node, ast.Tuple | ast.List):
+        return [_target(item, owner) for item in node.elts]
+    return None
 
 
 def _parts(node: ast.With, item: int) -> list[ast.AST | None]:

@@ -10,7 +10,7 @@ import sys
 import threading
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nnsight.errors import OutsideTraceError, WrongThreadError
 
@@ -18,8 +18,42 @@ if TYPE_CHECKING:
     from nnsight.kernel.location import Tree
     from nnsight.kernel.mediator import Mediator
 
-_open: dict[FrameType, list[Mediator]] = {}
-_hint: ContextVar[Mediator | None] = ContextVar("nnsight_block", default=None)
+_open: dict[FrameType, list[Any]] = {}
+_hint: ContextVar[Any] = ContextVar("nnsight_block", default=None)
+
+
+
+class Block(Protocol):
+    """What is open in a frame: a mediator, or something that only lets values be saved."""
+
+    tree: Tree | None
+    thread: int
+    outer: Block | None
+
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def where(self) -> str: ...
+    def save(self, value: Any) -> None: ...
+
+
+class PlainBlock:
+    """A block without a run, such as a session."""
+
+    tree: Tree | None = None
+    outer: Block | None = None
+
+    def __init__(self, frame: FrameType) -> None:
+        self.thread = threading.get_ident()
+        self.is_open = True
+        self.where = f"opened at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def save(self, value: Any) -> None:
+        """Do nothing: every value is there afterwards anyway."""
+
+    def close(self) -> None:
+        self.is_open = False
+
 
 OUTSIDE = (
     "Cannot return {port} of Envoy `{path}`: no block of this model is open here, so there is no run to take it from. "
@@ -27,7 +61,7 @@ OUTSIDE = (
 )
 
 
-def open_block(frame: FrameType, mediator: Mediator) -> None:
+def open_block(frame: FrameType, mediator: Block) -> None:
     """Register a block whose body runs in `frame`."""
     blocks = _open.get(frame)
     if blocks is None:
@@ -38,7 +72,7 @@ def open_block(frame: FrameType, mediator: Mediator) -> None:
     _hint.set(mediator)
 
 
-def close_block(frame: FrameType, mediator: Mediator) -> None:
+def close_block(frame: FrameType, mediator: Block) -> None:
     """Forget a block, wherever it stands among the open ones."""
     blocks = _open.get(frame)
     if blocks is not None and mediator in blocks:
@@ -65,7 +99,7 @@ def clear_hint() -> None:
         _hint.set(None)
 
 
-def innermost() -> Mediator | None:
+def innermost() -> Block | None:
     """Return the innermost open block of the calling code, of whatever model."""
     frame: FrameType | None = sys._getframe(1) if _open else None
     while frame is not None:
@@ -73,7 +107,7 @@ def innermost() -> Mediator | None:
         if blocks is not None:
             return blocks[-1]
         frame = frame.f_back
-    hint = _hint.get()
+    hint: Block | None = _hint.get()
     return hint if hint is not None and hint.is_open else None
 
 

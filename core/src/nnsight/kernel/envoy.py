@@ -319,7 +319,7 @@ class Envoy:
     _envoys: dict[int, Envoy]
     _instrumentation: Instrumentation
     #: Captured blocks that take part in every run of the tree, before the others.
-    _edits: list[Any]
+    edits: list[Any]
 
     def _build(self, module: nn.Module) -> None:
         """Make this envoy the root of a new tree over `module`."""
@@ -327,12 +327,12 @@ class Envoy:
         tree = Tree()
         values.update(
             _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
-            _envoys={id(module): self}, _instrumentation=Instrumentation(tree), _root=weakref.ref(self), _edits=[],
+            _envoys={id(module): self}, _instrumentation=Instrumentation(tree), _root=weakref.ref(self), edits=[],
         )  # fmt: skip
         self._instrumentation.add(module, self._number)
         _grow(self, self)
 
-    def mount(self, name: str, module: nn.Module) -> Envoy:
+    def mount(self, name: str, module: nn.Module, ends_steps: bool = False) -> Envoy:
         """Give a module beside the model's own a place in the tree, such as what collects generated ids.
 
         The torch module is not touched, and the repr does not show it.
@@ -340,11 +340,14 @@ class Envoy:
         Args:
             name: how it is reached from here.
             module: called by whoever drives the model, so that blocks can read what passes.
+            ends_steps: whether it is called once the last step is over, so that open loops end there.
         """
         root = self._find_root()
         envoy = _mirror(root, self, name, module)
         _grow(root, envoy)
         self.__dict__[name] = envoy
+        if ends_steps:
+            self._tree.ends.append(envoy._number)
         return envoy
 
     def rebind(self, module: nn.Module) -> None:
@@ -359,6 +362,24 @@ class Envoy:
         envoys = {id(envoy._module): envoy for envoy in root._envoys.values()}
         root.__dict__["_envoys"] = envoys
         root._instrumentation.replace([(envoy._module, envoy._number) for envoy in envoys.values()])
+
+    def copy_wrapper(self) -> Self:
+        """Return this envoy of a copy of the whole wrapper: other envoys and edits, the same modules and locations."""
+        root = self._find_root()
+        copies: dict[int, Envoy] = {}
+        new = _copy(root, copies)
+        values = new.__dict__
+        values["edits"] = list(root.edits)
+        values["_envoys"] = {key: _copy(envoy, copies) for key, envoy in root._envoys.items()}
+        reference = weakref.ref(new)
+        for envoy in copies.values():
+            envoy.__dict__["_root"] = reference
+            parent = envoy._parent and envoy._parent()
+            envoy.__dict__["_parent"] = weakref.ref(copies[id(parent)]) if parent is not None else None
+        found: Self = copies[id(self)]  # type: ignore[assignment]
+        if found is not new:
+            found.__dict__["_keeps_root"] = new  # nobody else would
+        return found
 
     def _attach(self, name: str, module: nn.Module) -> Envoy:
         """Mirror a module that has become a child of this one's; return its envoy."""
@@ -439,6 +460,19 @@ def _grow(root: Envoy, envoy: Envoy) -> None:
             if module._modules:
                 _grow(root, child)
         _place(envoy, name, child)
+
+
+def _copy(envoy: Envoy, copies: dict[int, Envoy]) -> Envoy:
+    """Return the copy of an envoy, with copies of all envoys it refers to."""
+    found = copies.get(id(envoy))
+    if found is None:
+        kind = type(envoy)
+        found = copies[id(envoy)] = kind.__new__(kind)
+        values = found.__dict__
+        for name, value in envoy.__dict__.items():
+            values[name] = _copy(value, copies) if isinstance(value, Envoy) else value
+        values["_children"] = {name: _copy(child, copies) for name, child in envoy._children.items()}
+    return found
 
 
 def _rebind(root: Envoy, envoy: Envoy, module: nn.Module, seen: set[int]) -> None:

@@ -22,14 +22,21 @@ class Location(NamedTuple):
 
 
 class Tree:
-    """The numbering of all locations under one root. It refers to no module and no envoy."""
+    """The numbering of all locations under one root. It refers to no module and no envoy.
 
-    __slots__ = ("__weakref__", "_numbers", "locations", "result")
+    Attributes:
+        locations: the location of each number.
+        result: the number of what the traced call returns.
+        ends: the numbers of the locations at which no step can follow any more.
+    """
+
+    __slots__ = ("__weakref__", "_numbers", "ends", "locations", "result")
 
     def __init__(self) -> None:
         self.locations: list[Location] = []
         self._numbers: dict[Location, int] = {}
         self.result = self.number(ROOT, "result")
+        self.ends = [self.result]
 
     def number(self, path: str, port: str) -> int:
         """Return the number of a location, giving it the next one when it is new."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from nnsight.errors import InputError
 from nnsight.kernel import causes
 from nnsight.kernel.blocks import wrong_thread
 
@@ -42,12 +43,13 @@ class Mediator:
         step: the occurrence that requests mean; None for the next one not yet passed.
         wanted: location number -> occurrence, while the block is parked.
         served: the number of the location that it was last served with, -1 for none.
+        loops: how many loops over steps the block is in.
         first: the first location touched since this was last set to -1.
         is_done: whether a captured block has ended; `error` is what it raised, `is_stopped` whether it stopped the run.
     """
 
     __slots__ = (
-        "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "order", "outer",
+        "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "loops", "order", "outer",
         "run", "served", "step", "thread", "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
 
@@ -62,6 +64,7 @@ class Mediator:
         self.wanted: dict[int, int] | None = None
         self.served = -1
         self.first = -1
+        self.loops = 0
         self.is_done = self.is_stopped = False
         self.error: BaseException | None = None
         self.outer: Mediator | None = None
@@ -143,6 +146,12 @@ class Mediator:
         if failure:
             raise failure.pop()
         return reply[0]
+
+    def advance(self, count: int) -> None:
+        """Let requests mean an occurrence that is `count` later."""
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise InputError(f"A block can only go on to later steps: `next` takes 1 or more, not {count!r}.")
+        self.step = (self.step or 0) + count
 
     def save(self, value: Any) -> None:
         """Mark a value as one that must come back. In the caller's own frame everything does."""

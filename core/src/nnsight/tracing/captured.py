@@ -44,6 +44,10 @@ class CapturedBlock:
         """Take a seat in a run."""
         return CapturedMediator(run, self, order, batch)
 
+    def again(self) -> CapturedBlock:
+        """Return the block for one more run, with variables of its own, in the surroundings of the calling code."""
+        return CapturedBlock(self.scope.again(), self.entered, self.what)
+
 
 class CapturedMediator(Mediator):
     """The seat of a captured block. The model drives it."""

@@ -26,7 +26,8 @@ class Capture:
     def __enter__(self) -> Any:
         frame = sys._getframe(1)
         scope = Scope(read_block(frame), frame, self._siblings())
-        self._block = CapturedBlock(scope, self._entered(), self.what)
+        entered = self._bind(scope.block.target, self._entered())
+        self._block = CapturedBlock(scope, entered, self.what)
         self._leaving = Leaving(frame)
         return self._block.entered
 
@@ -53,6 +54,10 @@ class Capture:
     def _entered(self) -> Any:
         """Return what `as` binds."""
         return self
+
+    def _bind(self, target: Any, entered: Any) -> Any:
+        """Return what a given target is bound to: a name, a list of targets, or None."""
+        return entered
 
     def _captured(self, block: CapturedBlock) -> None:
         """Take the block that was captured."""

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
 from torch import nn
@@ -113,6 +113,15 @@ class Envoy(kernel.Envoy):
 
         path = self._path
         return refuse
+
+    def next(self, step: int = 1) -> Self:
+        """Let the block's requests that follow mean a later step; return this envoy: `model.lm_head.next().output`.
+
+        Args:
+            step: how many steps later, 1 or more.
+        """
+        self._block("next").advance(step)
+        return self
 
     def _lookup(self, name: str) -> Any:
         from nnsight import plugins  # lazy: a name that only a plugin may provide
@@ -264,5 +273,5 @@ def _leading_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _is_mirror(name: str, value: object) -> bool:
-    kept = ("_module", "_tree", "_path", "_number", "_parent", "_root", "_children", "_envoys", "_instrumentation", "_edits")
+    kept = ("_module", "_tree", "_path", "_number", "_parent", "_root", "_children", "_envoys", "_instrumentation", "edits", "_keeps_root")
     return name in kept or isinstance(value, kernel.Envoy)

@@ -20,6 +20,7 @@ from nnsight.kernel.blocks import close_block, find, open_block, require, wrong_
 from nnsight.kernel.controller import current_run
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator, StopBlock
+from nnsight.tracing.iteration import Iteration, Steps
 
 if TYPE_CHECKING:
     from nnsight.tracing.invoker import Invoker
@@ -88,8 +89,9 @@ class Tracer:
     def _make_run(self, root: Envoy, function: Callable[..., Any]) -> Interleaver:
         """Prepare a run with the model's edits in it."""
         run = Interleaver(root._instrumentation, root._module, function, copy_context(), ambient.probe())
-        if root._edits:
-            run.mediators = [edit.join(run, order - len(root._edits)) for order, edit in enumerate(root._edits)]
+        if root.edits:
+            first = -len(root.edits)
+            run.mediators = [edit.again().join(run, first + i) for i, edit in enumerate(root.edits)]
         return run
 
     if TYPE_CHECKING:
@@ -177,6 +179,36 @@ class Tracer:
     def stop(self) -> None:
         """End the block here and the run with it; what follows in the block is not run."""
         self._current("stop").stop()
+
+    @property
+    def iter(self) -> Steps:
+        """The steps of the run: `for step in tracer.iter[:3]:`, `[2]`, `[[0, 4]]`, `[::2]`."""
+        return Steps(self.current_block, self._first_input())
+
+    def all(self) -> Iteration:
+        """Every step of the run, as `tracer.iter[:]`."""
+        return self.iter[:]
+
+    def next(self, step: int = 1) -> Self:
+        """Let the requests that follow mean a later step.
+
+        Args:
+            step: how many steps later, 1 or more.
+        """
+        self.current_block().advance(step)
+        return self
+
+    def current_block(self) -> Mediator:
+        """Return the block of this run that the calling code is in, for plugins.
+
+        Raises:
+            TracerStateError: the tracer is not open.
+        """
+        return self._current("a block")
+
+    def _first_input(self) -> int:
+        assert self._envoy is not None
+        return self._envoy._number
 
     def _current(self, what: str) -> Mediator:
         """Return the block of this run that the calling code is in."""

@@ -1,0 +1,290 @@
+"""Turn what the user gives a trace into the keyword arguments of a language model's forward or generate.
+
+Every form ends as `input_ids` and `attention_mask`, rows of a batch padded to one length. Ids are checked against the
+vocabulary here: inside the model a wrong one is an index error without a name, and on a GPU the end of the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnsight import InputError
+from nnsight.protocols import Inputs
+from nnsight_hf.errors import MissingTokenizerError
+
+_FORMS = (
+    "Give a string or a list of strings; token ids as a list, a list of lists or an integer tensor of shape (T,) or "
+    "(B, T); chat messages, [{'role': ..., 'content': ...}]; an encoding, a dict with input_ids; or keywords, "
+    "input_ids=... or inputs_embeds=..."
+)
+_NO_TOKENIZER = (
+    "Tokenizer not found. If you passed a pre-loaded model, pass its tokenizer as well: "
+    "LanguageModel(model, tokenizer=tokenizer). For a name or folder it means that no tokenizer files are there: "
+    "tokenizer=AutoTokenizer.from_pretrained(...) takes one from elsewhere. Token ids work without one."
+)
+_SOURCES = ("input_ids", "inputs_embeds")
+#: Keywords with one value per token, which come as lists and without a batch dimension where the ids do.
+_PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels")
+
+
+def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """Return the arguments of the call for what the user gave.
+
+    Args:
+        module: the model.
+        tokenizer: its tokenizer, or None.
+        method: `generate`, or another one that runs a single forward.
+        args: at most one input.
+        kwargs: input keywords, and arguments of the call itself.
+
+    Raises:
+        InputError: the input cannot be used, and why.
+    """
+    value, rest = _single_input(args, dict(kwargs))
+    if value is None and not any(rest.get(name) is not None for name in _SOURCES):
+        return Inputs((), rest, None)
+    encoding = _encode(value, tokenizer, module) if value is not None else {}
+    _refuse_twice(encoding, rest)
+    call = {**encoding, **rest}
+    if call.get("input_ids") is not None:
+        rows = _finish_ids(call, module, tokenizer)
+    else:
+        rows = _check_embeds(call["inputs_embeds"])
+    if method != "generate":
+        _add_positions(call, module)
+    device = input_device(module)
+    if device is not None:
+        call = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in call.items()}
+    return Inputs((), call, rows)
+
+
+def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> torch.Tensor:
+    """Return rows of ids as one tensor.
+
+    Args:
+        rows: B lists, each with at least one id.
+        side: "left" or "right", where shorter rows are filled up.
+        value: what with.
+
+    Returns:
+        (B, longest) int64.
+    """
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    joined = [[*f, *row] if side == "left" else [*row, *f] for f, row in zip(fill, rows, strict=True)]
+    return torch.tensor(joined, dtype=torch.long)
+
+
+def input_device(module: nn.Module) -> torch.device | None:
+    """Return the device that inputs must be on; None when it cannot be told."""
+    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if execution is not None:  # accelerate: the weights may be offloaded, on the meta device
+        return torch.device(execution)
+    embeddings = _embeddings(module)
+    weight = next((embeddings if embeddings is not None else module).parameters(), None)
+    return weight.device if weight is not None and weight.device.type != "meta" else None
+
+
+def _single_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the positional input, which `generate` also knows as `inputs`, and the keywords without it."""
+    if len(args) > 1:
+        raise InputError(f"One input is taken, and {len(args)} were given. For several prompts give a list of them.")
+    inputs = kwargs.pop("inputs", None)
+    if args and args[0] is None:
+        raise InputError(f"None is no input. {_FORMS}")
+    if args and inputs is not None:
+        raise InputError("The input was given twice, positionally and as `inputs=`. Give one of them.")
+    return (args[0] if args else inputs), kwargs
+
+
+def _refuse_twice(encoding: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    given = [name for name in _SOURCES if kwargs.get(name) is not None]
+    if encoding and given:
+        raise InputError(f"The input was given twice, positionally and as `{given[0]}=`. Give one of them.")
+
+
+def _encode(value: Any, tokenizer: Any, module: nn.Module) -> dict[str, Any]:
+    """Return the positional input as keyword arguments."""
+    if isinstance(value, str):
+        return _tokenize([value], tokenizer, module)
+    if isinstance(value, Mapping):
+        return _encoding(value)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return {"input_ids": value}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        items = list(value)
+        if not items:
+            raise InputError(f"The input is an empty {type(value).__name__}. {_FORMS}")
+        if all(isinstance(item, str) for item in items):
+            return _tokenize(items, tokenizer, module)
+        if _is_chat(items):
+            return _tokenize([_render(items, tokenizer)], tokenizer, module, add_special_tokens=False)
+        if all(isinstance(item, Sequence) and _is_chat(list(item)) for item in items):
+            texts = [_render(list(item), tokenizer) for item in items]
+            return _tokenize(texts, tokenizer, module, add_special_tokens=False)
+        return {"input_ids": items}
+    raise InputError(f"An input of type {type(value).__name__!r} cannot be used. {_FORMS}")
+
+
+def _encoding(value: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(value)
+    if "role" in found and "content" in found:
+        raise InputError(
+            "One chat message was given; a conversation is a list of them: [{'role': ..., 'content': ...}]."
+        )
+    if not any(found.get(name) is not None for name in _SOURCES):
+        raise InputError(f"An encoding needs input_ids or inputs_embeds, and this one has {sorted(map(str, found))}.")
+    return found
+
+
+def _is_chat(items: list[Any]) -> bool:
+    return bool(items) and all(isinstance(item, Mapping) and "role" in item for item in items)
+
+
+def _render(messages: list[Any], tokenizer: Any) -> str:
+    """Return a conversation as text that ends where the next reply begins, or goes on within the last one."""
+    if tokenizer is None:
+        raise MissingTokenizerError(_NO_TOKENIZER)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "Chat messages were given, and this model's tokenizer has no chat template. Give the text as a string, "
+            "or set model.tokenizer.chat_template."
+        )
+    goes_on = messages[-1]["role"] == "assistant"
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+    )
+    return text
+
+
+def _tokenize(texts: list[str], tokenizer: Any, module: nn.Module, **options: Any) -> dict[str, Any]:
+    if tokenizer is None:
+        raise MissingTokenizerError(_NO_TOKENIZER)
+    encoding = tokenizer(texts, **options)
+    rows = encoding["input_ids"]
+    for index, row in enumerate(rows):
+        if not row:
+            where = f"Prompt {index} of {len(rows)}" if len(rows) > 1 else "The prompt"
+            raise InputError(f"{where} is empty: {texts[index]!r} has no tokens. A model needs at least one.")
+    side = getattr(tokenizer, "padding_side", "left")
+    fill = {"input_ids": _pad_id(tokenizer, module), "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    return {name: pad(encoding[name], side, fill.get(name, 0)) for name in encoding}
+
+
+def _pad_id(tokenizer: Any, module: nn.Module) -> int:
+    """Return what padding is filled with. It is masked, so any id will do where none is named."""
+    config = getattr(module, "config", None)
+    for owner, name in ((tokenizer, "pad_token_id"), (tokenizer, "eos_token_id"), (config, "pad_token_id")):
+        found = getattr(owner, name, None)
+        if isinstance(found, int):
+            return found
+    return 0
+
+
+def _finish_ids(call: dict[str, Any], module: nn.Module, tokenizer: Any) -> int:
+    """Bring `input_ids` and what goes with it into their final shape, in place; return the number of rows."""
+    ids, mask = _as_ids(call["input_ids"], tokenizer, module)
+    for name in _PER_TOKEN:
+        value = call.get(name)
+        if isinstance(value, list | np.ndarray):
+            value = call[name] = torch.as_tensor(value)
+        if isinstance(value, torch.Tensor) and ids.ndim == 1 and value.shape == ids.shape:
+            call[name] = value.unsqueeze(0)
+    if ids.ndim == 1:
+        ids = ids.unsqueeze(0)
+    _check_ids(ids, module)
+    call["input_ids"] = ids
+    if call.get("attention_mask") is None:
+        call["attention_mask"] = mask if mask is not None else torch.ones_like(ids)
+    elif call["attention_mask"].ndim == 2 and call["attention_mask"].shape[0] != ids.shape[0]:
+        raise InputError(
+            f"attention_mask is of {call['attention_mask'].shape[0]} rows and input_ids of {ids.shape[0]}; both have "
+            "one row per prompt."
+        )
+    rows: int = ids.shape[0]
+    return rows
+
+
+def _as_ids(value: Any, tokenizer: Any, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ids as a tensor of one or two dimensions, and the mask of what had to be padded."""
+    if isinstance(value, np.ndarray):
+        value = torch.as_tensor(value) if value.dtype.kind in "iufb" else value.tolist()
+    if isinstance(value, torch.Tensor):
+        return value, None
+    items = [item.tolist() if isinstance(item, torch.Tensor | np.ndarray) else item for item in _listed(value)]
+    if all(_is_id(item) for item in items):
+        return torch.tensor(items, dtype=torch.long), None
+    rows = [list(item) if isinstance(item, list | tuple | range) else [item] for item in items]
+    for item in (item for row in rows for item in row):
+        if not _is_id(item):
+            raise InputError(f"A list given as input holds {item!r:.80}, of type {type(item).__name__}. {_FORMS}")
+    if any(_is_id(item) for item in items):
+        raise InputError(f"A list given as input mixes token ids and lists of token ids. {_FORMS}")
+    if not all(rows):
+        raise InputError(f"Row {rows.index([])} of the token ids is empty. A model needs at least one.")
+    side = getattr(tokenizer, "padding_side", "left")
+    return pad(rows, side, _pad_id(tokenizer, module)), pad([[1] * len(row) for row in rows], side, 0)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not len(value):
+        raise InputError(f"input_ids are {value!r:.80}, and must be token ids. {_FORMS}")
+    return list(value)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_ids(ids: torch.Tensor, module: nn.Module) -> None:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise InputError(f"Token ids are integers, and these are {ids.dtype}. Embeddings go in as inputs_embeds=...")
+    if ids.ndim != 2:
+        raise InputError(f"Token ids have the shape (T,) or (B, T), and these have {tuple(ids.shape)}.")
+    if not ids.numel():
+        raise InputError(f"The token ids are empty, of shape {tuple(ids.shape)}. A model needs at least one.")
+    size = getattr(_embeddings(module), "num_embeddings", None)
+    if size is None or ids.device.type == "meta":
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"Token id {wrong} is outside the vocabulary of this model: its ids go from 0 to {size - 1}, a vocabulary "
+            f"of {size}. Was the text tokenized for another model?"
+        )
+
+
+def _check_embeds(embeds: Any) -> int:
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or not embeds.dtype.is_floating_point:
+        found = f"{embeds.dtype} of shape {tuple(embeds.shape)}" if isinstance(embeds, torch.Tensor) else type(embeds)
+        raise InputError(f"inputs_embeds are a floating point tensor of shape (B, T, C), and these are {found}.")
+    rows: int = embeds.shape[0]
+    return rows
+
+
+def _add_positions(call: dict[str, Any], module: nn.Module) -> None:
+    """Number the positions of left-padded rows from their first token, so that padding changes nothing, in place."""
+    mask = call.get("attention_mask")
+    if call.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return
+    if bool(mask[:, 0].all()) or "position_ids" not in inspect.signature(type(module).forward).parameters:
+        return
+    source = next(call[name] for name in _SOURCES if call.get(name) is not None)
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    call["position_ids"] = positions[:, -source.shape[1] :]
+
+
+def _embeddings(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_input_embeddings", None)
+    try:
+        found = find() if find is not None else None
+    except (AttributeError, NotImplementedError):  # a model of another kind: audio, or parts only
+        return None
+    return found if isinstance(found, nn.Module) else None

