@@ -37,7 +37,17 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 class Snapshot:
     """All of a side's ambient state, for the cases in which some of it is unusual."""
 
-    __slots__ = ("autocast", "autocast_cache", "cuda", "device", "dispatch", "functions", "grad", "inference", "saved_hooks")
+    __slots__ = (
+        "autocast",
+        "autocast_cache",
+        "cuda",
+        "device",
+        "dispatch",
+        "functions",
+        "grad",
+        "inference",
+        "saved_hooks",
+    )
 
     def __init__(self) -> None:
         self.grad = is_grad_enabled()
@@ -82,7 +92,7 @@ def probe() -> State:
         or _is_any_autocast_enabled()
         or _top_saved_tensors_default_hooks(True) is not None
         or is_inference_mode_enabled()
-        or torch.cuda._initialized  # type: ignore[attr-defined]
+        or torch.cuda._initialized
     ):
         return Snapshot()
     return is_grad_enabled()
@@ -105,7 +115,7 @@ def restore(wanted: State, now: State) -> None:
     if target.saved_hooks != current.saved_hooks:
         _set_saved_hooks(target.saved_hooks)
     _device.CURRENT_DEVICE = target.device[0]
-    torch._GLOBAL_DEVICE_CONTEXT.device_context = target.device[1]  # type: ignore[attr-defined]
+    torch._GLOBAL_DEVICE_CONTEXT.device_context = target.device[1]
     if target.cuda != current.cuda and target.cuda is not None:
         _set_cuda_state(target.cuda)
     torch._C._set_grad_enabled(target.grad)
@@ -201,7 +211,7 @@ def _restore_autocast(target: Snapshot, current: Snapshot) -> None:
 
 
 def _cuda_state() -> tuple[int, tuple[int, ...]] | None:
-    if not torch.cuda._initialized:  # type: ignore[attr-defined]
+    if not torch.cuda._initialized:
         return None
     device = torch._C._cuda_getDevice()
     return device, tuple(torch._C._cuda_getCurrentStream(device))

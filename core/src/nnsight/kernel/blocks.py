@@ -10,7 +10,7 @@ import sys
 import threading
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from nnsight.errors import OutsideTraceError, WrongThreadError
 
@@ -22,13 +22,12 @@ _open: dict[FrameType, list[Any]] = {}
 _hint: ContextVar[Any] = ContextVar("nnsight_block", default=None)
 
 
-
 class Block(Protocol):
     """What is open in a frame: a mediator, or something that only lets values be saved."""
 
     tree: Tree | None
     thread: int
-    outer: Block | None
+    outer: Any
 
     @property
     def is_open(self) -> bool: ...
@@ -105,7 +104,8 @@ def innermost() -> Block | None:
     while frame is not None:
         blocks = _open.get(frame)
         if blocks is not None:
-            return blocks[-1]
+            found: Block = blocks[-1]
+            return found
         frame = frame.f_back
     hint: Block | None = _hint.get()
     return hint if hint is not None and hint.is_open else None
@@ -117,14 +117,15 @@ def find(tree: Tree, depth: int = 1) -> Mediator | None:
     while frame is not None:
         blocks = _open.get(frame)
         if blocks is not None:
+            mediator: Mediator
             for mediator in reversed(blocks):
                 if mediator.tree is tree:
                     return mediator
         frame = frame.f_back
-    hint = _hint.get()
+    hint: Any = _hint.get()
     while hint is not None:
         if hint.is_open and hint.tree is tree:
-            return hint
+            return cast("Mediator", hint)
         hint = hint.outer
     return None
 

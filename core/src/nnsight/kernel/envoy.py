@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nnsight.errors import NotInTreeError, OrphanError
-from nnsight.kernel import display
+from nnsight.kernel import display, growth
 from nnsight.kernel.blocks import find, require
 from nnsight.kernel.controller import Instrumentation
 from nnsight.kernel.location import ROOT, Tree
@@ -53,7 +53,7 @@ class Envoy:
         try:
             return self._block("output").read(self._number + 1)
         except AttributeError as error:
-            raise self._keep(error)
+            raise self._keep(error) from None
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -66,7 +66,7 @@ class Envoy:
             found: tuple[tuple[Any, ...], dict[str, Any]] = self._block("inputs").read(self._number)
             return found
         except AttributeError as error:
-            raise self._keep(error)
+            raise self._keep(error) from None
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -86,7 +86,7 @@ class Envoy:
         try:
             args, kwargs = self._block("input").read(self._number)
         except AttributeError as error:
-            raise self._keep(error)
+            raise self._keep(error) from None
         if args:
             return args[0]
         if kwargs:
@@ -269,7 +269,7 @@ class Envoy:
             return own.fget(self)  # the getter failed with an AttributeError: let it say so itself
         child = module._modules.get(name)
         if child is not None:
-            return self._attach(name, child)
+            return growth.attach(self, name, child)
         try:
             return getattr(module, name)
         except AttributeError:
@@ -293,10 +293,10 @@ class Envoy:
             self.__setattr__(name, value._module)
         elif isinstance(value, nn.Module):
             setattr(module, name, value)
-            self._attach(name, value)
+            growth.attach(self, name, value)
         elif name in self._children:
             setattr(module, name, value)
-            self._detach(name)
+            growth.detach(self, name)
         elif name not in self.__dict__ and hasattr(module, name):
             setattr(module, name, value)
         else:
@@ -305,7 +305,7 @@ class Envoy:
     def __delattr__(self, name: str) -> None:
         if name in self._children:
             delattr(self._module, name)
-            self._detach(name)
+            growth.detach(self, name)
         elif name in self.__dict__:
             object.__delattr__(self, name)
         else:
@@ -323,14 +323,7 @@ class Envoy:
 
     def _build(self, module: nn.Module) -> None:
         """Make this envoy the root of a new tree over `module`."""
-        values = self.__dict__
-        tree = Tree()
-        values.update(
-            _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
-            _envoys={id(module): self}, _instrumentation=Instrumentation(tree), _root=weakref.ref(self), edits=[],
-        )  # fmt: skip
-        self._instrumentation.add(module, self._number)
-        _grow(self, self)
+        growth.build(self, module)
 
     def mount(self, name: str, module: nn.Module, ends_steps: bool = False) -> Envoy:
         """Give a module beside the model's own a place in the tree, such as what collects generated ids.
@@ -342,71 +335,23 @@ class Envoy:
             module: called by whoever drives the model, so that blocks can read what passes.
             ends_steps: whether it is called once the last step is over, so that open loops end there.
         """
-        root = self._find_root()
-        envoy = _mirror(root, self, name, module)
-        _grow(root, envoy)
-        self.__dict__[name] = envoy
-        if ends_steps:
-            self._tree.ends.append(envoy._number)
-        return envoy
+        return growth.mount(self, name, module, ends_steps)
 
     def rebind(self, module: nn.Module) -> None:
         """Let the tree mirror another module of the same shape, such as the loaded model in place of an empty one.
 
         Args:
-            module: the new root; a child that it lacks is forgotten, one that is new is added.
+            module: the new module; a child that it lacks is forgotten, one that is new is added.
         """
-        root = self._find_root()
-        seen: set[int] = set()
-        _rebind(root, self, module, seen)
-        envoys = {id(envoy._module): envoy for envoy in root._envoys.values()}
-        root.__dict__["_envoys"] = envoys
-        root._instrumentation.replace([(envoy._module, envoy._number) for envoy in envoys.values()])
+        growth.rebind(self, module)
 
     def copy_wrapper(self) -> Self:
         """Return this envoy of a copy of the whole wrapper: other envoys and edits, the same modules and locations."""
-        root = self._find_root()
-        copies: dict[int, Envoy] = {}
-        new = _copy(root, copies)
-        values = new.__dict__
-        values["edits"] = list(root.edits)
-        values["_envoys"] = {key: _copy(envoy, copies) for key, envoy in root._envoys.items()}
-        reference = weakref.ref(new)
-        for envoy in copies.values():
-            envoy.__dict__["_root"] = reference
-            parent = envoy._parent and envoy._parent()
-            envoy.__dict__["_parent"] = weakref.ref(copies[id(parent)]) if parent is not None else None
-        found: Self = copies[id(self)]  # type: ignore[assignment]
-        if found is not new:
-            found.__dict__["_keeps_root"] = new  # nobody else would
-        return found
+        return growth.copy_wrapper(self)
 
-    def _attach(self, name: str, module: nn.Module) -> Envoy:
-        """Mirror a module that has become a child of this one's; return its envoy."""
-        old = self._children.get(name)
-        if old is not None:
-            if old._module is module:
-                return old
-            self._detach(name)
-        root = self._find_root()
-        known = root._envoys.get(id(module))
-        if known is None or known._module is not module:
-            known = _mirror(root, self, name, module)
-            _grow(root, known)
-        _place(self, name, known)
-        return known
-
-    def _detach(self, name: str) -> None:
-        """Forget a child and all below it, unless they are reachable by another name."""
-        root = self._find_root()
-        gone = self._children.pop(name)
-        self.__dict__.pop(name, None)
-        self.__dict__.pop(f"E_{name}", None)
-        still = {id(module) for module in root._module.modules()}
-        lost = {id(envoy._module) for _, envoy in gone.named_modules()} - still
-        for key in lost:
-            root._envoys.pop(key, None)
-        root._instrumentation.remove(lost)
+    def _class_of(self, path: str, module: nn.Module) -> type[Envoy]:
+        """Return the class of the envoy for one module below this root."""
+        return Envoy
 
     def _find_root(self) -> Envoy:
         root = self._root()
@@ -427,78 +372,6 @@ class Envoy:
 
 
 Envoy._own = frozenset(name for name in dir(Envoy) if not name.startswith("__"))
-
-
-def _mirror(root: Envoy, parent: Envoy, name: str, module: nn.Module) -> Envoy:
-    """Make the envoy of one module and number it."""
-    path = f"{parent._path}.{name}"
-    kind = root._envoy_class(path, module) if hasattr(root, "_envoy_class") else Envoy
-    envoy: Envoy = kind.__new__(kind)
-    tree = root._tree
-    number = tree.add_module(path)
-    values = envoy.__dict__
-    values["_module"] = module
-    values["_tree"] = tree
-    values["_path"] = path
-    values["_number"] = number
-    values["_parent"] = weakref.ref(parent)
-    values["_root"] = root._root
-    values["_children"] = {}
-    root._envoys[id(module)] = envoy
-    root._instrumentation.add(module, number)
-    return envoy
-
-
-def _grow(root: Envoy, envoy: Envoy) -> None:
-    """Mirror everything below an envoy. A module met again is an alias of the envoy it has."""
-    for name, module in envoy._module._modules.items():
-        if module is None:
-            continue
-        child = root._envoys.get(id(module))
-        if child is None:
-            child = _mirror(root, envoy, name, module)
-            if module._modules:
-                _grow(root, child)
-        _place(envoy, name, child)
-
-
-def _copy(envoy: Envoy, copies: dict[int, Envoy]) -> Envoy:
-    """Return the copy of an envoy, with copies of all envoys it refers to."""
-    found = copies.get(id(envoy))
-    if found is None:
-        kind = type(envoy)
-        found = copies[id(envoy)] = kind.__new__(kind)
-        values = found.__dict__
-        for name, value in envoy.__dict__.items():
-            values[name] = _copy(value, copies) if isinstance(value, Envoy) else value
-        values["_children"] = {name: _copy(child, copies) for name, child in envoy._children.items()}
-    return found
-
-
-def _rebind(root: Envoy, envoy: Envoy, module: nn.Module, seen: set[int]) -> None:
-    """Point an envoy and all below it at another module and what is below that."""
-    if id(envoy) in seen:
-        return
-    seen.add(id(envoy))
-    envoy.__dict__["_module"] = module
-    for name in list(envoy._children):
-        child, new = envoy._children[name], module._modules.get(name)
-        if new is not None:
-            _rebind(root, child, new, seen)
-        else:
-            envoy._detach(name)
-    root._envoys[id(module)] = envoy
-    for name, new in module._modules.items():
-        if new is not None and name not in envoy._children:
-            envoy._attach(name, new)
-
-
-def _place(parent: Envoy, name: str, child: Envoy) -> None:
-    parent._children[name] = child
-    if name in parent._own:
-        parent.__dict__[f"E_{name}"] = child
-    elif not name.isdigit():
-        parent.__dict__[name] = child
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

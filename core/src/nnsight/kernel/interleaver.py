@@ -8,7 +8,7 @@ is what the model goes on with.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
+    """How far a run is."""
+
     NEW = "not started"
     RUNNING = "running"
     OVER = "over"
@@ -59,7 +61,8 @@ class Interleaver:
     """
 
     __slots__ = (
-        "_error", "_error_told", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at", "carrier", "conditions", "counts", "kwargs",
+        "_error", "_error_told", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at",
+        "carrier", "conditions", "counts", "kwargs",
         "mediators", "module", "skipped", "skipped_paths", "state", "thread", "tree", "value", "waiting",
     )  # fmt: skip
 
@@ -117,7 +120,7 @@ class Interleaver:
             self.visit(self.tree.result, result)
         except Unwind:
             pass
-        except BaseException as error:  # raised again where the block asked
+        except BaseException as error:  # noqa: BLE001 - raised again where the block asked
             self._error = error
         finally:
             self.state = State.OVER
@@ -125,7 +128,7 @@ class Interleaver:
             if self.mediators:
                 self._end_blocks()
 
-    def start_blocks(self, mediators: list[Mediator]) -> None:
+    def start_blocks(self, mediators: Sequence[Mediator]) -> None:
         """Run each of these captured blocks up to its first request."""
         for mediator in mediators:
             self._resume(mediator)

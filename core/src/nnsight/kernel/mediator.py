@@ -49,8 +49,8 @@ class Mediator:
     """
 
     __slots__ = (
-        "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "loops", "order", "outer",
-        "run", "served", "step", "thread", "to_block", "to_model", "tree", "wanted",
+        "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "loops", "order",
+        "outer", "run", "served", "step", "thread", "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
@@ -138,7 +138,7 @@ class Mediator:
         def work() -> None:
             try:
                 reply.append(function(*args, **kwargs))
-            except Exception as error:  # handed over: it belongs to the block that asked
+            except Exception as error:  # noqa: BLE001 - handed over: it belongs to the block that asked
                 failure.append(error)
 
         self._pending_call = work
@@ -149,7 +149,7 @@ class Mediator:
 
     def advance(self, count: int) -> None:
         """Let requests mean an occurrence that is `count` later."""
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if count < 1:
             raise InputError(f"A block can only go on to later steps: `next` takes 1 or more, not {count!r}.")
         self.step = (self.step or 0) + count
 

@@ -76,6 +76,7 @@ class _Worker(greenlet):
             if not is_lasting or len(_pool.idle) >= _POOL_SIZE:
                 return
             _pool.idle.append(self)
+            assert parent is not None
             parent.switch()
             del parent
 

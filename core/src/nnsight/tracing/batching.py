@@ -127,7 +127,9 @@ class Batch:
             return _rebuild_sequence(whole, items)
         if isinstance(whole, dict):
             if not isinstance(part, dict) or set(part) != set(whole):
-                raise BatchError(f"`{where}` is a {type(whole).__name__} with keys {list(whole)}; got {_describe(part)}.")
+                raise BatchError(
+                    f"`{where}` is a {type(whole).__name__} with keys {list(whole)}; got {_describe(part)}."
+                )
             new = copy.copy(whole)
             for key in whole:
                 old = seen.get(key) if isinstance(seen, dict) else None

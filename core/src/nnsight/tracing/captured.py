@@ -94,7 +94,7 @@ class CapturedMediator(Mediator):
             self.is_stopped = stop.mediator is self
             if not self.is_stopped:
                 self.error = stop
-        except BaseException as error:  # raised again at the end of the `with`
+        except BaseException as error:  # noqa: BLE001 - raised again at the end of the `with`
             error.add_note(f"in the {block.what} opened at {block.where}")
             self.error = error
         finally:

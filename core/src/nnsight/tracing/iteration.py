@@ -76,7 +76,7 @@ class Iteration(Capture):
                 yield step
         finally:
             mediator.loops = depth
-            # After the loop a request means the next visit that has not passed, and in a loop around it that one's step.
+            # After the loop a request means the next visit that has not passed; in a loop around it, that one's step.
             mediator.step = outer if depth else None
 
     def _wait_for(self, mediator: Mediator, step: int) -> bool:

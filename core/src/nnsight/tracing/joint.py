@@ -99,7 +99,7 @@ class Invokes:
                 raise InvokeError(_NO_WHOLE.format(where=block.where))
         for block, inputs in self.entries:
             assert inputs is not None
-            run = make_run(envoy.root, self._function)
+            run = make_run(envoy._traced_root(), self._function)
             run.args, run.kwargs = (*template.args, *inputs.args), {**template.kwargs, **inputs.kwargs}
             run.mediators.append(block.join(run, 0))
             try:

@@ -7,13 +7,13 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Self
+from typing import Any, Concatenate, ParamSpec, Self, cast
 
 import torch
 from torch import nn
 
-from nnsight.errors import BatchError, NoInputError, WrapError
 from nnsight.capture.callsite import is_with_item
+from nnsight.errors import BatchError, NoInputError, WrapError
 from nnsight.kernel import envoy as kernel
 from nnsight.protocols import Inputs
 from nnsight.tracing import saving
@@ -86,6 +86,11 @@ class Envoy(kernel.Envoy):
                 return root.prepare(method, args, kwargs)
         return Inputs(args, kwargs, _leading_size(args, kwargs))
 
+    def _traced_root(self) -> Envoy:
+        root = self.root
+        assert isinstance(root, Envoy)
+        return root
+
     def _join(self, inputs: Sequence[Inputs]) -> Inputs:
         """Join what invokes feed this module."""
         return inputs[0] if len(inputs) == 1 else NNsight.join(self, inputs)  # type: ignore[arg-type]
@@ -148,8 +153,7 @@ class NNsight(Envoy):
         saving.mount()
         self._build(module)
 
-    def _envoy_class(self, path: str, module: nn.Module) -> type[Envoy]:
-        """Return the class of the envoy for one module of the tree."""
+    def _class_of(self, path: str, module: nn.Module) -> type[Envoy]:
         return Envoy
 
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
@@ -186,9 +190,7 @@ class NNsight(Envoy):
         shapes = {(len(one.args), tuple(one.kwargs)) for one in inputs}
         if len(shapes) > 1:
             raise BatchError("The invokes cannot be joined: they were given different arguments.")
-        args = tuple(
-            join_values([one.args[i] for one in inputs], f"argument {i + 1}") for i in range(len(first.args))
-        )
+        args = tuple(join_values([one.args[i] for one in inputs], f"argument {i + 1}") for i in range(len(first.args)))
         kwargs = {name: join_values([one.kwargs[name] for one in inputs], f"`{name}`") for name in first.kwargs}
         return Inputs(args, kwargs, sum(one.rows or 0 for one in inputs))
 
@@ -245,7 +247,7 @@ def traceable(
             return self._open(name, function, args, kwargs, remote, backend, batched)
         return self._run_plainly(name, function, args, kwargs)
 
-    return call
+    return cast("Callable[Concatenate[Any, P], Any]", call)
 
 
 def _check_module(module: object) -> None:
@@ -273,5 +275,17 @@ def _leading_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _is_mirror(name: str, value: object) -> bool:
-    kept = ("_module", "_tree", "_path", "_number", "_parent", "_root", "_children", "_envoys", "_instrumentation", "edits", "_keeps_root")
+    kept = (
+        "_module",
+        "_tree",
+        "_path",
+        "_number",
+        "_parent",
+        "_root",
+        "_children",
+        "_envoys",
+        "_instrumentation",
+        "edits",
+        "_keeps_root",
+    )
     return name in kept or isinstance(value, kernel.Envoy)

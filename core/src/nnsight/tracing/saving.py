@@ -58,7 +58,8 @@ def mount(types: Iterable[type] = ()) -> None:
     """Give tensors, Python's own types and `types` their `save`, once."""
     import torch  # lazy: only when a model is wrapped
 
-    for cls in (torch.Tensor, *_SCALARS_AND_CONTAINERS, *types):
+    every: list[type] = [torch.Tensor, *_SCALARS_AND_CONTAINERS, *types]
+    for cls in every:
         if cls in _mounted:
             continue
         _mounted.add(cls)

@@ -78,7 +78,7 @@ class Tracer:
 
             self._invokes = Invokes(envoy, self._method, function, self._batched)
             function = self._invokes.run
-        run = self._run = self._make_run(envoy.root, function)
+        run = self._run = self._make_run(envoy._traced_root(), function)
         run.args, run.kwargs = inputs.args, inputs.kwargs
         assert run.carrier is not None
         mediator = self._mediator = Mediator(run, run.carrier.resume, run.carrier.pause, order=sys.maxsize)

@@ -1,0 +1,168 @@
+"""How a tree of envoys comes to mirror a tree of modules, and keeps doing so when that changes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, TypeVar
+
+from nnsight.kernel.controller import Instrumentation
+from nnsight.kernel.location import ROOT, Tree
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nnsight.kernel.envoy import Envoy
+
+E = TypeVar("E", bound="Envoy")
+
+
+def build(envoy: Envoy, module: nn.Module) -> None:
+    """Make this envoy the root of a new tree over `module`."""
+    values = envoy.__dict__
+    tree = Tree()
+    values.update(
+        _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
+        _envoys={id(module): envoy}, _instrumentation=Instrumentation(tree), _root=weakref.ref(envoy), edits=[],
+    )  # fmt: skip
+    envoy._instrumentation.add(module, envoy._number)
+    _grow(envoy, envoy)
+
+
+def mount(envoy: Envoy, name: str, module: nn.Module, ends_steps: bool) -> Envoy:
+    """Give a module beside the model's own a place in the tree, such as what collects generated ids."""
+    root = envoy._find_root()
+    mounted = _mirror(root, envoy, name, module)
+    _grow(root, mounted)
+    envoy.__dict__[name] = mounted
+    if ends_steps:
+        envoy._tree.ends.append(mounted._number)
+    return mounted
+
+
+def rebind(envoy: Envoy, module: nn.Module) -> None:
+    """Let the tree mirror another module of the same shape, such as the loaded model in place of an empty one."""
+    root = envoy._find_root()
+    _rebind(root, envoy, module, set())
+    envoys = {id(known._module): known for known in root._envoys.values()}
+    root.__dict__["_envoys"] = envoys
+    root._instrumentation.replace([(known._module, known._number) for known in envoys.values()])
+
+
+def copy_wrapper(envoy: E) -> E:
+    """Return this envoy of a copy of the whole wrapper: other envoys and edits, the same modules and locations."""
+    root = envoy._find_root()
+    originals = {id(known) for known in root._envoys.values()}
+    copies: dict[int, Envoy] = {}
+    new = _copy(root, originals, copies)
+    new.__dict__["edits"] = list(root.edits)
+    new.__dict__["_envoys"] = {key: _copy(known, originals, copies) for key, known in root._envoys.items()}
+    reference = weakref.ref(new)
+    for copied in copies.values():
+        parent = copied._parent and copied._parent()
+        copied.__dict__["_root"] = reference
+        copied.__dict__["_parent"] = weakref.ref(copies[id(parent)]) if parent is not None else None
+    found: E = copies[id(envoy)]  # type: ignore[assignment]
+    if found is not new:
+        found.__dict__["_keeps_root"] = new  # nobody else would
+    return found
+
+
+def attach(envoy: Envoy, name: str, module: nn.Module) -> Envoy:
+    """Mirror a module that has become a child of this one's; return its envoy."""
+    old = envoy._children.get(name)
+    if old is not None:
+        if old._module is module:
+            return old
+        detach(envoy, name)
+    root = envoy._find_root()
+    known = root._envoys.get(id(module))
+    if known is None or known._module is not module:
+        known = _mirror(root, envoy, name, module)
+        _grow(root, known)
+    _place(envoy, name, known)
+    return known
+
+
+def detach(envoy: Envoy, name: str) -> None:
+    """Forget a child and all below it, unless they are reachable by another name."""
+    root = envoy._find_root()
+    gone = envoy._children.pop(name)
+    envoy.__dict__.pop(name, None)
+    envoy.__dict__.pop(f"E_{name}", None)
+    still = {id(module) for module in root._module.modules()}
+    keys = {id(lost._module) for _, lost in gone.named_modules()} - still
+    for key in keys:
+        root._envoys.pop(key, None)
+    root._instrumentation.remove(keys)
+
+
+def _mirror(root: Envoy, parent: Envoy, name: str, module: nn.Module) -> Envoy:
+    """Make the envoy of one module and number it."""
+    path = f"{parent._path}.{name}"
+    kind = root._class_of(path, module)
+    envoy: Envoy = kind.__new__(kind)
+    tree = root._tree
+    number = tree.add_module(path)
+    values = envoy.__dict__
+    values["_module"] = module
+    values["_tree"] = tree
+    values["_path"] = path
+    values["_number"] = number
+    values["_parent"] = weakref.ref(parent)
+    values["_root"] = root._root
+    values["_children"] = {}
+    root._envoys[id(module)] = envoy
+    root._instrumentation.add(module, number)
+    return envoy
+
+
+def _grow(root: Envoy, envoy: Envoy) -> None:
+    """Mirror everything below an envoy. A module met again is an alias of the envoy it has."""
+    for name, module in envoy._module._modules.items():
+        if module is None:
+            continue
+        child = root._envoys.get(id(module))
+        if child is None:
+            child = _mirror(root, envoy, name, module)
+            if module._modules:
+                _grow(root, child)
+        _place(envoy, name, child)
+
+
+def _copy(envoy: Envoy, originals: set[int], copies: dict[int, Envoy]) -> Envoy:
+    """Return the copy of an envoy, with copies of all envoys it refers to."""
+    found = copies.get(id(envoy))
+    if found is None:
+        kind = type(envoy)
+        found = copies[id(envoy)] = kind.__new__(kind)
+        values = found.__dict__
+        for name, value in envoy.__dict__.items():
+            values[name] = _copy(value, originals, copies) if id(value) in originals else value
+        values["_children"] = {name: _copy(child, originals, copies) for name, child in envoy._children.items()}
+    return found
+
+
+def _rebind(root: Envoy, envoy: Envoy, module: nn.Module, seen: set[int]) -> None:
+    """Point an envoy and all below it at another module and what is below that."""
+    if id(envoy) in seen:
+        return
+    seen.add(id(envoy))
+    envoy.__dict__["_module"] = module
+    for name in list(envoy._children):
+        child, new = envoy._children[name], module._modules.get(name)
+        if new is not None:
+            _rebind(root, child, new, seen)
+        else:
+            detach(envoy, name)
+    root._envoys[id(module)] = envoy
+    for name, new in module._modules.items():
+        if new is not None and name not in envoy._children:
+            attach(envoy, name, new)
+
+
+def _place(parent: Envoy, name: str, child: Envoy) -> None:
+    parent._children[name] = child
+    if name in parent._own:
+        parent.__dict__[f"E_{name}"] = child
+    elif not name.isdigit():
+        parent.__dict__[name] = child
