@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from nnsight.errors import InputError
+from nnsight.errors import InputError, MissedProviderError, OutOfOrderError
 from nnsight.kernel import causes
 from nnsight.kernel.blocks import wrong_thread
 
@@ -52,6 +52,10 @@ class Mediator:
         "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "loops", "order",
         "outer", "run", "served", "step", "thread", "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
+
+    # Programs catch these through the class.
+    OutOfOrderError = OutOfOrderError
+    MissedProviderError = MissedProviderError
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
         self.run: Interleaver | None = run

@@ -15,6 +15,7 @@ from torch import nn
 from nnsight.capture.callsite import is_with_item
 from nnsight.errors import BatchError, NoInputError, WrapError
 from nnsight.kernel import envoy as kernel
+from nnsight.plugins import hooks
 from nnsight.protocols import Inputs
 from nnsight.tracing import saving
 from nnsight.tracing.batching import Batch, join_values
@@ -150,8 +151,9 @@ class NNsight(Envoy):
 
     def __init__(self, module: nn.Module) -> None:
         _check_module(module)
-        saving.mount()
         self._build(module)
+        hooks.wrapped(self)
+        saving.mount()
 
     def _class_of(self, path: str, module: nn.Module) -> type[Envoy]:
         return Envoy

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
+from nnsight.config import CONFIG
 from nnsight.errors import SaveError
 from nnsight.kernel.blocks import innermost
+from nnsight.plugins import hooks
 
 T = TypeVar("T")
 
@@ -22,7 +26,7 @@ _SCALARS_AND_CONTAINERS = (
     int, float, complex, str, bytes, bytearray, type(None), list, tuple, dict, set, frozenset, slice, range,
 )  # fmt: skip
 _mounted: set[type] = set()
-is_mounted = True
+_generation = -1
 
 
 def save(value: T) -> T:
@@ -48,29 +52,25 @@ class _Save:
     """The `save` attribute of a type that is not ours."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[[], Any]:
-        if instance is None or not is_mounted or innermost() is None:
+        if instance is None or innermost() is None or not CONFIG.APP.PYMOUNT:
             name = (owner or type(instance)).__name__
             raise AttributeError(f"{name!r} object has no attribute 'save'", name="save", obj=instance)
         return functools.partial(save, instance)
 
 
-def mount(types: Iterable[type] = ()) -> None:
-    """Give tensors, Python's own types and `types` their `save`, once."""
-    import torch  # lazy: only when a model is wrapped
-
-    every: list[type] = [torch.Tensor, *_SCALARS_AND_CONTAINERS, *types]
+def mount() -> None:
+    """Give tensors, Python's own types and those that plugins name their `save`, once."""
+    global _generation
+    if _generation == hooks.generation:
+        return
+    _generation = hooks.generation
+    every: list[type] = [torch.Tensor, *_SCALARS_AND_CONTAINERS, *hooks.saveable_types()]
     for cls in every:
         if cls in _mounted:
             continue
         _mounted.add(cls)
         if "save" not in cls.__dict__:
             _set_attribute(cls, "save", _Save())
-
-
-def set_mounted(value: bool) -> None:
-    """Turn `x.save()` on or off; `nnsight.save(x)` is always there."""
-    global is_mounted
-    is_mounted = value
 
 
 def _set_attribute(cls: type, name: str, value: object) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +21,7 @@ from nnsight.kernel.blocks import close_block, find, open_block, require, wrong_
 from nnsight.kernel.controller import current_run
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator, StopBlock
+from nnsight.plugins import hooks
 from nnsight.tracing.iteration import Iteration, Steps
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Tracer:
         self._mediator: Mediator | None = None
         self._frame: FrameType | None = None
         self._invokes: Invokes | None = None
+        self._announced: list[Interleaver] = []
 
     def __enter__(self) -> Self:
         envoy, function = self._envoy, self._function
@@ -84,10 +87,23 @@ class Tracer:
         mediator = self._mediator = Mediator(run, run.carrier.resume, run.carrier.pause, order=sys.maxsize)
         mediator.frame, mediator.line = self._frame, _ = frame, frame.f_lineno
         open_block(frame, mediator)
+        if hooks.trace_opened:
+            hooks.trace_opened(self)
         return self
+
+    def _announce(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model, after telling plugins."""
+        run = current_run.get()
+        assert run is not None
+        self._announced.append(run)
+        if hooks.run_started:
+            hooks.run_started(run)
+        return function(*args, **kwargs)
 
     def _make_run(self, root: Envoy, function: Callable[..., Any]) -> Interleaver:
         """Prepare a run with the model's edits in it."""
+        if hooks.run_started or hooks.run_ended:
+            function = partial(self._announce, function)
         run = Interleaver(root._instrumentation, root._module, function, copy_context(), ambient.probe())
         if root.edits:
             first = -len(root.edits)
@@ -114,9 +130,16 @@ class Tracer:
                 run.unwind()
                 if self._invokes is not None:
                     self._invokes.write_back()
-                return isinstance(error, StopBlock) and error.mediator is mediator
+                is_stop = isinstance(error, StopBlock) and error.mediator is mediator
+                if is_stop:
+                    error = None
+                return is_stop
+            except BaseException as raised:
+                error = raised
+                raise
             finally:
-                self._end(run, mediator)
+                self._end(run, mediator, error)
+                del error
 
     def _finish(self, run: Interleaver) -> None:
         """Let the model run to its end, and raise what went wrong in it or in a captured block."""
@@ -136,10 +159,10 @@ class Tracer:
         """Close a block from a thread that is not its own, and say so."""
         failure = wrong_thread("The end of a block", mediator)
         run.abandon()
-        self._end(run, mediator)
+        self._end(run, mediator, failure)
         raise failure
 
-    def _end(self, run: Interleaver, mediator: Mediator) -> None:
+    def _end(self, run: Interleaver, mediator: Mediator, error: BaseException | None) -> None:
         """Refer to nothing any more."""
         assert self._frame is not None
         close_block(self._frame, mediator)
@@ -149,6 +172,10 @@ class Tracer:
             self._invokes.close()
         self._run = self._mediator = self._frame = self._envoy = self._function = self._invokes = None
         self._args, self._kwargs = (), {}
+        announced, self._announced = self._announced, []
+        if hooks.run_ended:
+            for ended in announced:
+                hooks.run_ended(ended, error)
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
         """Add one input to the batch, with a block of its own: `with tracer.invoke(x):`.

@@ -6,6 +6,7 @@ vocabulary here: inside the model a wrong one is an index error without a name, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from nnsight import InputError
 from nnsight.protocols import Inputs
 from nnsight_hf.errors import MissingTokenizerError
+from nnsight_hf.joining import PER_TOKEN, Prompt, has_left_padding, positions
 
 _FORMS = (
     "Give a string or a list of strings; token ids as a list, a list of lists or an integer tensor of shape (T,) or "
@@ -29,8 +31,6 @@ _NO_TOKENIZER = (
     "tokenizer=AutoTokenizer.from_pretrained(...) takes one from elsewhere. Token ids work without one."
 )
 _SOURCES = ("input_ids", "inputs_embeds")
-#: Keywords with one value per token, which come as lists and without a batch dimension where the ids do.
-_PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels")
 
 
 def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
@@ -56,12 +56,14 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
         rows = _finish_ids(call, module, tokenizer)
     else:
         rows = _check_embeds(call["inputs_embeds"])
-    if method != "generate":
-        _add_positions(call, module)
+    counts_positions = method != "generate" and call.get("position_ids") is None and _takes_positions(type(module))
+    if counts_positions and has_left_padding(call.get("attention_mask")):
+        width = next(call[name] for name in _SOURCES if call.get(name) is not None).shape[1]
+        call["position_ids"] = positions(call["attention_mask"])[:, -width:]  # a mask may cover a cache as well
     device = input_device(module)
     if device is not None:
         call = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in call.items()}
-    return Inputs((), call, rows)
+    return Prompt((), call, rows, counts_positions)
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> torch.Tensor:
@@ -173,11 +175,11 @@ def _tokenize(texts: list[str], tokenizer: Any, module: nn.Module, **options: An
             where = f"Prompt {index} of {len(rows)}" if len(rows) > 1 else "The prompt"
             raise InputError(f"{where} is empty: {texts[index]!r} has no tokens. A model needs at least one.")
     side = getattr(tokenizer, "padding_side", "left")
-    fill = {"input_ids": _pad_id(tokenizer, module), "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    fill = {"input_ids": pad_id(tokenizer, module), "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
     return {name: pad(encoding[name], side, fill.get(name, 0)) for name in encoding}
 
 
-def _pad_id(tokenizer: Any, module: nn.Module) -> int:
+def pad_id(tokenizer: Any, module: nn.Module) -> int:
     """Return what padding is filled with. It is masked, so any id will do where none is named."""
     config = getattr(module, "config", None)
     for owner, name in ((tokenizer, "pad_token_id"), (tokenizer, "eos_token_id"), (config, "pad_token_id")):
@@ -190,7 +192,7 @@ def _pad_id(tokenizer: Any, module: nn.Module) -> int:
 def _finish_ids(call: dict[str, Any], module: nn.Module, tokenizer: Any) -> int:
     """Bring `input_ids` and what goes with it into their final shape, in place; return the number of rows."""
     ids, mask = _as_ids(call["input_ids"], tokenizer, module)
-    for name in _PER_TOKEN:
+    for name in PER_TOKEN.keys() - {"input_ids"}:
         value = call.get(name)
         if isinstance(value, list | np.ndarray):
             value = call[name] = torch.as_tensor(value)
@@ -229,7 +231,7 @@ def _as_ids(value: Any, tokenizer: Any, module: nn.Module) -> tuple[torch.Tensor
     if not all(rows):
         raise InputError(f"Row {rows.index([])} of the token ids is empty. A model needs at least one.")
     side = getattr(tokenizer, "padding_side", "left")
-    return pad(rows, side, _pad_id(tokenizer, module)), pad([[1] * len(row) for row in rows], side, 0)
+    return pad(rows, side, pad_id(tokenizer, module)), pad([[1] * len(row) for row in rows], side, 0)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -269,16 +271,9 @@ def _check_embeds(embeds: Any) -> int:
     return rows
 
 
-def _add_positions(call: dict[str, Any], module: nn.Module) -> None:
-    """Number the positions of left-padded rows from their first token, so that padding changes nothing, in place."""
-    mask = call.get("attention_mask")
-    if call.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        return
-    if bool(mask[:, 0].all()) or "position_ids" not in inspect.signature(type(module).forward).parameters:
-        return
-    source = next(call[name] for name in _SOURCES if call.get(name) is not None)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    call["position_ids"] = positions[:, -source.shape[1] :]
+@functools.cache
+def _takes_positions(kind: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def _embeddings(module: nn.Module) -> nn.Module | None:

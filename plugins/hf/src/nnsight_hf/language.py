@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnsight import Envoy, NNsight, traceable
 from nnsight.protocols import Inputs
-from nnsight_hf import inputs
 from nnsight_hf.errors import LoadError, MissingTokenizerError
 from nnsight_hf.generation import Generator, StepStreamer, can_stream
+from nnsight_hf.inputs import pad_id, prepare
+from nnsight_hf.joining import align, rows_of, rows_per_prompt
 from nnsight_hf.loading import Checkpoint, check_device_map, locate, parse_dtype, read_tokenizer
 
 # One model at a time: two threads may open the first trace of one model, and loading needs the memory twice anyway.
@@ -109,7 +112,7 @@ class LanguageModel(NNsight):
         self.repo_id = checkpoint.name if checkpoint is not None else str(getattr(module, "name_or_path", ""))
         self._tokenizer_problem = ""
         self.tokenizer = self._find_tokenizer(tokenizer, tokenizer_kwargs or {})
-        self.mount("generator", Generator())
+        self.mount("generator", Generator(), ends_steps=True)
         if dispatch:
             self.dispatch()
 
@@ -153,11 +156,34 @@ class LanguageModel(NNsight):
             InputError: the input cannot be used.
         """
         try:
-            return inputs.prepare(self._module, self.tokenizer, method, args, kwargs)
+            return prepare(self._module, self.tokenizer, method, args, kwargs)
         except MissingTokenizerError as error:
             if self._tokenizer_problem:
                 error.add_note(self._tokenizer_problem)
             raise
+
+    def join(self, inputs: Sequence[Inputs]) -> Inputs:
+        """Join the prompts of several invokes into one batch, padded to the longest.
+
+        Args:
+            inputs: what `prepare` returned for each.
+
+        Raises:
+            BatchError: they cannot be joined.
+        """
+        side = getattr(self.tokenizer, "padding_side", "left")
+        return super().join(align(inputs, side, pad_id(self.tokenizer, self._module)))
+
+    def rows(self, tensor: torch.Tensor, batch: Any) -> slice | None:
+        """Return which rows of a tensor are an invoke's: a prompt may have one each, or one per beam or token.
+
+        Args:
+            tensor: a value of the run, any shape but ().
+            batch: the invoke's rows, and the joint call.
+        """
+        joint = batch.joint
+        factors = rows_per_prompt(joint.kwargs, getattr(self._module, "generation_config", None))
+        return rows_of(tensor.shape[0], joint.total, batch.start, batch.size, factors)
 
     @traceable
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +209,7 @@ class LanguageModel(NNsight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.mount("generator", Generator())
+        self.mount("generator", Generator(), ends_steps=True)
 
     def _find_tokenizer(self, given: Any, options: dict[str, Any]) -> Any:
         """Return the tokenizer that was given, or that is where was said, or that comes with the model, or None."""

@@ -1,0 +1,107 @@
+"""Prompts of several invokes in one batch: padded to one width, and which rows of a value are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from nnsight.protocols import Inputs
+
+#: Keywords with one value per token, and what padding is filled with; `input_ids` with the padding token.
+PER_TOKEN = {
+    "input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1,
+    "labels": -100,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Inputs):
+    """What one invoke feeds a language model.
+
+    Attributes:
+        counts_positions: whether the model is told positions that count from each row's first token when the rows
+            are padded. `generate` does so by itself.
+    """
+
+    counts_positions: bool = False
+
+
+def align(prompts: Sequence[Inputs], side: str, pad_id: int) -> list[Inputs]:
+    """Return the prompts padded to the width of the widest, so that each row gives what it gives alone.
+
+    Args:
+        prompts: what each invoke feeds, as it would be run alone.
+        side: "left" or "right", where padding goes.
+        pad_id: the padding token.
+    """
+    ids = [prompt.kwargs.get("input_ids") for prompt in prompts]
+    if len(prompts) < 2 or any(one is None for one in ids):
+        return list(prompts)
+    width = max(one.shape[1] for one in ids if one is not None)
+    padded = [_widen(prompt, width, side, pad_id) for prompt in prompts]
+    if not any(has_left_padding(one.kwargs.get("attention_mask")) for one in padded):
+        return padded
+    return [_with_positions(one) for one in padded]
+
+
+def has_left_padding(mask: Any) -> bool:
+    """Whether a mask, (B, T), leaves out the first token of any row."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of each token, counted from its row's first one: (B, T) int64, 0 for padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def rows_of(size: int, total: int, start: int, count: int, factors: Collection[int]) -> slice | None:
+    """Return the rows of one invoke in a value of `size` rows; None when these are not the batch's.
+
+    Args:
+        size: the first size of the value.
+        total: how many prompts the batch has.
+        start: the invoke's first prompt.
+        count: how many it has.
+        factors: how many rows a prompt may have: 1, a beam each, a token each, ...
+    """
+    factor, rest = divmod(size, total)
+    if rest or factor not in factors:
+        return None
+    return slice(start * factor, (start + count) * factor)
+
+
+def rows_per_prompt(kwargs: dict[str, Any], default: Any) -> set[int]:
+    """Return how many rows a prompt may have in the values of a call.
+
+    A beam search has one per beam, several answers to one prompt one each, and experts see one per token.
+
+    Args:
+        kwargs: the call's.
+        default: the generation config that holds where the call says nothing.
+    """
+    config = kwargs.get("generation_config") or default
+    given = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    copies = {1, *map(int, given)}
+    ids = kwargs.get("input_ids")
+    width = ids.shape[1] if isinstance(ids, torch.Tensor) else 1
+    return copies | {width * factor for factor in copies}
+
+
+def _widen(prompt: Inputs, width: int, side: str, pad_id: int) -> Inputs:
+    own = prompt.kwargs["input_ids"].shape[1]
+    missing = (width - own, 0) if side == "left" else (0, width - own)
+    kwargs = dict(prompt.kwargs)
+    for name, value in kwargs.items():
+        if name in PER_TOKEN and isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == own:
+            kwargs[name] = pad(value, missing, value=pad_id if name == "input_ids" else PER_TOKEN[name])
+    return replace(prompt, kwargs=kwargs)
+
+
+def _with_positions(prompt: Inputs) -> Inputs:
+    if not isinstance(prompt, Prompt) or not prompt.counts_positions:
+        return prompt
+    return replace(prompt, kwargs={**prompt.kwargs, "position_ids": positions(prompt.kwargs["attention_mask"])})
