@@ -53,13 +53,13 @@ class Envoy(kernel.Envoy):
         Raises:
             InputError: the input cannot be used.
         """
-        function = self._module if fn is None else getattr(self._module, fn) if isinstance(fn, str) else fn
+        function = getattr(self._module, fn) if isinstance(fn, str) else fn
         if not trace:
             return self._run_plainly("trace", function, args, kwargs)
         return self._open("trace", function, args, kwargs, remote, backend, batched)
 
     def _open(
-        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, method: str, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
         remote: Any, backend: Any, batched: bool,
     ) -> Tracer:  # fmt: skip
         if remote or backend is not None:
@@ -70,7 +70,7 @@ class Envoy(kernel.Envoy):
         return Tracer(self, method, function, args, kwargs, batched)
 
     def _run_plainly(
-        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, method: str, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         tracer = Tracer(self, method, function, args, kwargs)
         with tracer:
@@ -93,8 +93,10 @@ class Envoy(kernel.Envoy):
         return root
 
     def _join(self, inputs: Sequence[Inputs]) -> Inputs:
-        """Join what invokes feed this module."""
-        return inputs[0] if len(inputs) == 1 else NNsight.join(self, inputs)  # type: ignore[arg-type]
+        """Join what invokes feed this module. A part of a model takes tensors as they are."""
+        if isinstance(self, NNsight):
+            return self.join(inputs)
+        return join_inputs(inputs)
 
     def _rows(self, tensor: torch.Tensor, batch: Batch) -> slice | None:
         """Return which slice of dim 0 of a tensor is an invoke's."""
@@ -186,15 +188,7 @@ class NNsight(Envoy):
         Raises:
             BatchError: they cannot be joined.
         """
-        first = inputs[0]
-        if len(inputs) == 1:
-            return first
-        shapes = {(len(one.args), tuple(one.kwargs)) for one in inputs}
-        if len(shapes) > 1:
-            raise BatchError("The invokes cannot be joined: they were given different arguments.")
-        args = tuple(join_values([one.args[i] for one in inputs], f"argument {i + 1}") for i in range(len(first.args)))
-        kwargs = {name: join_values([one.kwargs[name] for one in inputs], f"`{name}`") for name in first.kwargs}
-        return Inputs(args, kwargs, sum(one.rows or 0 for one in inputs))
+        return join_inputs(inputs)
 
     def rows(self, tensor: torch.Tensor, batch: Batch) -> slice | None:
         """Return which slice of dim 0 of a tensor holds the rows of one invoke; None when it holds no rows.
@@ -291,3 +285,16 @@ def _is_mirror(name: str, value: object) -> bool:
         "_keeps_root",
     )
     return name in kept or isinstance(value, kernel.Envoy)
+
+
+def join_inputs(inputs: Sequence[Inputs]) -> Inputs:
+    """Join calls argument by argument: tensors along dim 0, anything else must be the same in all."""
+    first = inputs[0]
+    if len(inputs) == 1:
+        return first
+    shapes = {(len(one.args), tuple(one.kwargs)) for one in inputs}
+    if len(shapes) > 1:
+        raise BatchError("The invokes cannot be joined: they were given different arguments.")
+    args = tuple(join_values([one.args[i] for one in inputs], f"argument {i + 1}") for i in range(len(first.args)))
+    kwargs = {name: join_values([one.kwargs[name] for one in inputs], f"`{name}`") for name in first.kwargs}
+    return Inputs(args, kwargs, sum(one.rows or 0 for one in inputs))

@@ -46,7 +46,7 @@ class Tracer:
     """One run of a model and the block that takes part in it."""
 
     def __init__(
-        self, envoy: Envoy, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, envoy: Envoy, method: str, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
         batched: bool = True,
     ) -> None:  # fmt: skip
         """Keep what to run.
@@ -54,14 +54,14 @@ class Tracer:
         Args:
             envoy: what is traced.
             method: the name of the method that opened the trace, for messages and for `prepare`.
-            function: runs the model, called with the prepared arguments on the model side.
+            function: runs the model, called with the prepared arguments on the model side; None for the module itself.
             args: the user's arguments, not yet prepared.
             kwargs: the user's keyword arguments.
             batched: whether invokes run as one batch, or one after another.
         """
         self._envoy: Envoy | None = envoy
         self._method = method
-        self._function: Callable[..., Any] | None = function
+        self._function = function
         self._args, self._kwargs = args, kwargs
         self._batched = batched
         self._run: Interleaver | None = None
@@ -71,11 +71,13 @@ class Tracer:
         self._announced: list[Interleaver] = []
 
     def __enter__(self) -> Self:
-        envoy, function = self._envoy, self._function
-        if envoy is None or function is None or self._run is not None:
+        envoy = self._envoy
+        if envoy is None or self._run is not None:
             raise TracerStateError(_REUSED.format(method=self._method))
         frame = sys._getframe(1)
         inputs = envoy._prepare(self._method, self._args, self._kwargs)
+        # Not before: preparing may load the weights, and with them the module.
+        function = envoy._module if self._function is None else self._function
         if inputs.rows is None:
             from nnsight.tracing.joint import Invokes  # lazy: a trace with an input needs nothing of it
 

@@ -6,7 +6,6 @@ vocabulary here: inside the model a wrong one is an index error without a name, 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
         rows = _finish_ids(call, module, tokenizer)
     else:
         rows = _check_embeds(call["inputs_embeds"])
-    counts_positions = method != "generate" and call.get("position_ids") is None and _takes_positions(type(module))
+    counts_positions = method != "generate" and call.get("position_ids") is None and _takes_positions(module)
     if counts_positions and has_left_padding(call.get("attention_mask")):
         width = next(call[name] for name in _SOURCES if call.get(name) is not None).shape[1]
         call["position_ids"] = positions(call["attention_mask"])[:, -width:]  # a mask may cover a cache as well
@@ -271,9 +270,8 @@ def _check_embeds(embeds: Any) -> int:
     return rows
 
 
-@functools.cache
-def _takes_positions(kind: type[nn.Module]) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
+def _takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(type(module).forward).parameters
 
 
 def _embeddings(module: nn.Module) -> nn.Module | None:

@@ -74,10 +74,8 @@ def rows_of(size: int, total: int, start: int, count: int, factors: Collection[i
     return slice(start * factor, (start + count) * factor)
 
 
-def rows_per_prompt(kwargs: dict[str, Any], default: Any) -> set[int]:
-    """Return how many rows a prompt may have in the values of a call.
-
-    A beam search has one per beam, several answers to one prompt one each, and experts see one per token.
+def copies_per_prompt(kwargs: dict[str, Any], default: Any) -> set[int]:
+    """Return how many rows a prompt may have in a call: one, one per beam, or one per answer asked for.
 
     Args:
         kwargs: the call's.
@@ -85,10 +83,7 @@ def rows_per_prompt(kwargs: dict[str, Any], default: Any) -> set[int]:
     """
     config = kwargs.get("generation_config") or default
     given = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
-    copies = {1, *map(int, given)}
-    ids = kwargs.get("input_ids")
-    width = ids.shape[1] if isinstance(ids, torch.Tensor) else 1
-    return copies | {width * factor for factor in copies}
+    return {1, *map(int, given)}
 
 
 def _widen(prompt: Inputs, width: int, side: str, pad_id: int) -> Inputs:

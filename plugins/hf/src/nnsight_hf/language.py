@@ -18,7 +18,7 @@ from nnsight.protocols import Inputs
 from nnsight_hf.errors import LoadError, MissingTokenizerError
 from nnsight_hf.generation import Generator, StepStreamer, can_stream
 from nnsight_hf.inputs import pad_id, prepare
-from nnsight_hf.joining import align, rows_of, rows_per_prompt
+from nnsight_hf.joining import align, copies_per_prompt, rows_of
 from nnsight_hf.loading import Checkpoint, check_device_map, locate, parse_dtype, read_tokenizer
 
 # One model at a time: two threads may open the first trace of one model, and loading needs the memory twice anyway.
@@ -182,8 +182,11 @@ class LanguageModel(NNsight):
             batch: the invoke's rows, and the joint call.
         """
         joint = batch.joint
-        factors = rows_per_prompt(joint.kwargs, getattr(self._module, "generation_config", None))
-        return rows_of(tensor.shape[0], joint.total, batch.start, batch.size, factors)
+        copies = copies_per_prompt(joint.kwargs, getattr(self._module, "generation_config", None))
+        ids = joint.kwargs.get("input_ids")
+        if ids is not None and tensor.ndim > 1:
+            copies |= {ids.shape[1] * factor for factor in copies}  # experts see one row per token
+        return rows_of(tensor.shape[0], joint.total, batch.start, batch.size, copies)
 
     @traceable
     def generate(self, *args: Any, **kwargs: Any) -> Any:
