@@ -148,7 +148,7 @@ def assert_idle(net):
     """Assert that nothing of ours stands on a module and that no block is open."""
     for path, module in net.named_modules():
         assert not callable(module.__dict__.get(SLOT)), f"{path} still has a controller"
-    assert not blocks._open
+    assert not blocks.open_blocks
     assert blocks._hint.get() is None
 
 

@@ -21,7 +21,7 @@ from nnsight import NNsight
 
 WIDTH = 4
 VISITS = 4
-variable = ContextVar("variable", default="unset")
+variable = ContextVar("variable", default=0)
 
 
 class Functions(TorchFunctionMode):
@@ -40,7 +40,8 @@ class Operations(TorchDispatchMode):
         self.log = log
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.log.append(str(func))
+        if func is not torch.ops.aten.detach_.default:  # of a factory function; not there in inference mode
+            self.log.append(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -68,15 +69,15 @@ MODES = {
     "no_grad": lambda log: torch.no_grad(),
     "enable_grad": lambda log: torch.enable_grad(),
     "set_grad_enabled": lambda log: grad_set(False),
-    "bfloat16": lambda log: torch.autocast("cpu", torch.bfloat16),
-    "float16": lambda log: torch.autocast("cpu", torch.float16),
+    "bfloat16": lambda log: torch.autocast("cpu", torch.bfloat16, cache_enabled=True),
+    "float16": lambda log: torch.autocast("cpu", torch.float16, cache_enabled=True),
     "no autocast": lambda log: torch.autocast("cpu", enabled=False),
     "no cast cache": lambda log: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
     "functions": Functions,
     "operations": Operations,
     "saved tensors": lambda log: saved_tensors_hooks(lambda tensor: log.append("pack") or tensor, keep),
     "meta": lambda log: torch.device("meta"),
-    "variable": lambda log: variable_set(f"set {len(log)}"),
+    "variable": lambda log: variable_set(variable.get() + 1),
     "inference": lambda log: torch.inference_mode(),
 }
 
@@ -110,8 +111,8 @@ def look():
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        "cast cache": torch.is_autocast_cache_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu")
+        and (torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
         "functions": [
             type(torch._C._get_function_stack_at(i)).__name__ for i in range(torch._C._len_torch_function_stack())
         ],
@@ -134,7 +135,7 @@ class Scripted(nn.Module):
     def forward(self, x):
         for part, segment in zip(self.parts, self.segments, strict=True):
             self.side.run(segment)
-            x = torch.tanh(part(x.float()))
+            x = torch.tanh(part(x.float().clone()))  # no tensor of an inference scope, no low precision
         self.side.close()
         return x
 

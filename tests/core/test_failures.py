@@ -11,7 +11,7 @@ import torch
 from modules import Calls, assert_usable, rows, seeded
 
 from nnsight import NNsight
-from nnsight.errors import MissedProviderError
+from nnsight.errors import OutOfOrderError
 
 
 def make(forward):
@@ -98,8 +98,10 @@ def test_model_error_can_be_caught_and_the_block_goes_on():
         with pytest.raises(KeyError, match="in the model"):
             _ = model.b.output
         after.append("went on")
-        with pytest.raises(MissedProviderError, match="`model.b.output` was not provided"):
+        with pytest.raises(KeyError, match="in the model"):  # why the run is over
             _ = model.b.output
+        with pytest.raises(OutOfOrderError):
+            _ = model.a.output
     assert after == ["went on"]
     recovers(net, model, flaky)
 
@@ -135,8 +137,7 @@ def test_model_error_keeps_its_chain_when_the_block_is_handling_another():
                 raise LookupError("of the block")
             except LookupError:
                 _ = model.b.output
-    assert isinstance(caught.value.__context__, KeyError)
-    assert isinstance(caught.value.__context__.__context__, LookupError)
+    assert type(caught.value.__context__) is KeyError
     recovers(net, model, flaky)
 
 
@@ -521,27 +522,18 @@ def test_interrupt_in_the_block_unwinds_the_model():
 def test_interrupts_at_any_moment_leave_the_model_usable():
     net, model = make(lambda self, x: self.c(self.b(self.a(x))))
     x = rows()
-    interrupted = 0
-    for delay in range(40):
-        done = threading.Event()
 
-        def send(delay=delay, done=done):
-            time.sleep(delay * 0.0005)
-            if not done.is_set():
-                os.kill(os.getpid(), signal.SIGINT)
-
-        sender = threading.Thread(target=send)
-        sender.start()
+    def trace_until_interrupted(delay):
+        sender = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
         try:
-            try:
-                for _ in range(60):
-                    with model.trace(x):
-                        _ = model.a.output
-                        _ = model.b.output
-            finally:
-                done.set()
-                sender.join()
+            sender.start()
+            while True:
+                with model.trace(x):
+                    _ = model.a.output
+                    _ = model.b.output
         except KeyboardInterrupt:
-            interrupted += 1
-    assert interrupted > 10
-    assert_usable(model, net, x)
+            return
+
+    for delay in range(30):
+        trace_until_interrupted(0.005 + delay * 0.0007)
+        assert_usable(model, net, x)

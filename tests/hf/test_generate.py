@@ -99,11 +99,14 @@ def test_ids_can_be_replaced_on_their_way_out(model):
 
 
 def test_the_streamer_is_given_each_steps_ids(model):
-    steps = []
+    steps, best = [], []
     with model.generate([TEXT, "Hello there"], max_new_tokens=3) as tracer:
-        steps.append(model.generator.streamer.output)
+        for _ in tracer.iter[:3]:
+            best.append(model.lm_head.output[:, -1].argmax(-1))
+            steps.append(model.generator.streamer.output)
         ids = tracer.result
-    assert torch.equal(steps[0], ids[:, -3])
+    assert torch.equal(torch.stack(steps, dim=1), ids[:, -3:])
+    assert torch.equal(steps[0], best[0])
 
 
 def test_a_streamer_of_the_users_is_used(model, tokenizer, capsys):

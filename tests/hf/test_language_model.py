@@ -44,7 +44,9 @@ def test_nothing_is_loaded_at_first_but_all_is_there(lazy, gpt2_folder):
     assert "GPT2Block" in repr(lazy)
 
 
-@pytest.mark.parametrize("how", ["trace", "generate", "plain trace", "plain generate", "part", "dispatch"])
+@pytest.mark.parametrize(
+    "how", ["trace", "generate", "plain trace", "plain generate", "named method", "part", "dispatch"]
+)
 def test_the_first_run_loads(how, lazy, plain, tokenizer):
     if how == "trace":
         with lazy.trace(TEXT):
@@ -56,6 +58,8 @@ def test_the_first_run_loads(how, lazy, plain, tokenizer):
         lazy.trace(TEXT, trace=False)
     elif how == "plain generate":
         lazy.generate(TEXT, max_new_tokens=1)
+    elif how == "named method":
+        assert lazy.trace(TEXT, fn="forward", trace=False).logits.device.type == "cpu"
     elif how == "part":
         with lazy.transformer.h[0].trace(torch.rand(1, 3, 32)):
             hidden = lazy.transformer.h[0].output
@@ -329,6 +333,16 @@ def test_types_of_transformers_can_be_saved():
     types = _plugin.nnsight_saveable_types()
     assert BatchEncoding in types
     assert issubclass(DynamicCache, tuple(types))
+
+
+def test_a_cache_and_an_encoding_can_be_saved_in_a_block(model, tokenizer):
+    encoding = tokenizer(TEXT, return_tensors="pt")
+    with model.trace(encoding):
+        cache = model.output.past_key_values.save()
+        same = encoding.save()
+    assert cache.get_seq_length() == 10
+    assert same is encoding
+    assert not hasattr(cache, "save")
 
 
 def test_doctor_names_what_the_plugin_works_with():

@@ -26,7 +26,7 @@ from torch._C._autograd import (
     _push_saved_tensors_default_hooks,
     _top_saved_tensors_default_hooks,
 )
-from torch.utils import _device
+from torch.utils import _device, _python_dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 is_grad_enabled = torch.is_grad_enabled
@@ -50,13 +50,17 @@ class Snapshot:
     )
 
     def __init__(self) -> None:
+        self.functions = _function_modes()
+        with torch._C.DisableTorchFunction():  # a mode of the user's must not see these calls
+            self._read()
+
+    def _read(self) -> None:
         self.grad = is_grad_enabled()
         self.inference = is_inference_mode_enabled()
         self.autocast = tuple(
             (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in _AUTOCAST_DEVICES
         )
         self.autocast_cache = torch.is_autocast_cache_enabled()
-        self.functions = _function_modes()
         self.dispatch = _get_current_dispatch_mode_stack()
         self.saved_hooks = _saved_hooks()
         self.device = (_device.CURRENT_DEVICE, getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None))
@@ -107,6 +111,11 @@ def restore(wanted: State, now: State) -> None:
     target, current = _full(wanted), _full(now)
     if target == current:
         return
+    with torch._C.DisableTorchFunction():
+        _restore_full(target, current)
+
+
+def _restore_full(target: Snapshot, current: Snapshot) -> None:
     _restore_autocast(target, current)
     if not _same(target.functions, current.functions):
         _set_function_modes(target.functions)
@@ -176,6 +185,9 @@ def _set_dispatch_modes(modes: list[Any]) -> None:
         _pop_mode(getattr(mode, "_mode_key", None))
     for mode in modes:
         _push_mode(mode)
+    # Python-side flags that a mode sets when entered and puts back when left: they must say what the stack says.
+    _python_dispatch._is_in_torch_dispatch_mode = bool(modes)
+    _python_dispatch._is_in_non_infra_torch_dispatch_mode = any(not mode.is_infra_mode() for mode in modes)
 
 
 def _saved_hooks() -> list[tuple[Any, Any]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nnsight.kernel.location import Tree
     from nnsight.kernel.mediator import Mediator
 
-_open: dict[FrameType, list[Any]] = {}
+open_blocks: dict[FrameType, list[Any]] = {}
 _hint: ContextVar[Any] = ContextVar("nnsight_block", default=None)
 
 
@@ -62,9 +62,9 @@ OUTSIDE = (
 
 def open_block(frame: FrameType, mediator: Block) -> None:
     """Register a block whose body runs in `frame`."""
-    blocks = _open.get(frame)
+    blocks = open_blocks.get(frame)
     if blocks is None:
-        _open[frame] = [mediator]
+        open_blocks[frame] = [mediator]
     else:
         blocks.append(mediator)
     mediator.outer = _hint.get()
@@ -73,11 +73,11 @@ def open_block(frame: FrameType, mediator: Block) -> None:
 
 def close_block(frame: FrameType, mediator: Block) -> None:
     """Forget a block, wherever it stands among the open ones."""
-    blocks = _open.get(frame)
+    blocks = open_blocks.get(frame)
     if blocks is not None and mediator in blocks:
         blocks.remove(mediator)
         if not blocks:
-            del _open[frame]
+            del open_blocks[frame]
     if _hint.get() is mediator:
         outer = mediator.outer
         while outer is not None and not outer.is_open:
@@ -100,9 +100,9 @@ def clear_hint() -> None:
 
 def innermost() -> Block | None:
     """Return the innermost open block of the calling code, of whatever model."""
-    frame: FrameType | None = sys._getframe(1) if _open else None
+    frame: FrameType | None = sys._getframe(1) if open_blocks else None
     while frame is not None:
-        blocks = _open.get(frame)
+        blocks = open_blocks.get(frame)
         if blocks is not None:
             found: Block = blocks[-1]
             return found
@@ -111,20 +111,26 @@ def innermost() -> Block | None:
     return hint if hint is not None and hint.is_open else None
 
 
-def find(tree: Tree, depth: int = 1) -> Mediator | None:
-    """Return the innermost open block whose run is of `tree`, looking from `depth` frames above."""
+def find(tree: Tree, depth: int = 1, of_tracer: object = None) -> Mediator | None:
+    """Return the innermost open block whose run is of `tree`.
+
+    Args:
+        tree: the locations that are asked for.
+        depth: how many frames above to look first.
+        of_tracer: only a block that belongs to this tracer.
+    """
     frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
-        blocks = _open.get(frame)
+        blocks = open_blocks.get(frame)
         if blocks is not None:
             mediator: Mediator
             for mediator in reversed(blocks):
-                if mediator.tree is tree:
+                if mediator.tree is tree and (of_tracer is None or mediator.owner is of_tracer):
                     return mediator
         frame = frame.f_back
     hint: Any = _hint.get()
     while hint is not None:
-        if hint.is_open and hint.tree is tree:
+        if hint.is_open and hint.tree is tree and (of_tracer is None or hint.owner is of_tracer):
             return cast("Mediator", hint)
         hint = hint.outer
     return None
@@ -141,7 +147,7 @@ def require(tree: Tree, path: str, port: str) -> Mediator:
     if mediator is not None:
         return mediator
     ident = threading.get_ident()
-    for blocks in list(_open.values()):
+    for blocks in list(open_blocks.values()):
         for other in blocks:
             if other.tree is tree and other.thread != ident:
                 raise wrong_thread(f"`{path}.{port}`", other)

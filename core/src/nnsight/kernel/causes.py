@@ -22,7 +22,7 @@ def out_of_order(run: Interleaver, number: int, occurrence: int) -> OutOfOrderEr
     if run.at >= 0:
         now = f"it stands at `{run.tree[run.at]}` (occurrence {run.counts[run.at] - 1})"
     else:
-        now = f"it is {run.state.value}"
+        now = f"it is {run.state}"
     return OutOfOrderError(
         f"Value was missed for `{location}`: occurrence {occurrence} of it was asked for, but the run has already "
         f"passed it ({run.counts[number]} so far); now {now}. Ask for locations in the order in which the model runs "
@@ -69,15 +69,16 @@ def _cause(run: Interleaver, number: int) -> str:
             return f"It lies inside `{path}`, which was skipped, so nothing inside ran."
     if location.port == "result":
         return "The model was stopped before it returned."
-    module, parent = _module(run, location.path), _module(run, location.path.rpartition(".")[0])
-    if module is None:
+    above_it = location.path.rpartition(".")[0]
+    module, parent = _module(run, location.path), _module(run, above_it)
+    if module is None or not run.mirrors(module, number):
         return f"There is no module `{location.path}` in the model any more: it was replaced or removed after wrapping."
     kind = type(module).__name__
     if kind in ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict"):
         return f"A {kind} only holds modules and is never called; ask for one of its items."
-    if parent is not None and type(parent).__name__ in _FUSED:
-        return _fused(type(parent).__name__, location.path)
     above = _ancestor_that_ran(run, location.path)
+    if parent is not None and type(parent).__name__ in _FUSED and above == above_it:
+        return _fused(type(parent).__name__, location.path)
     return (
         f"The {kind} was not called in this run"
         + (f" although `{above}` was" if above else "")

@@ -76,6 +76,11 @@ class Instrumentation:
             if self._count:
                 self._install_new()
 
+    def has(self, module: nn.Module, number: int) -> bool:
+        """Return whether a location is the input or the output of this module, or belongs to no module."""
+        owners = [known for known, first in self._modules if first in (number, number - 1)]
+        return not owners or module in owners
+
     def remove(self, modules: set[int]) -> None:
         """Forget the modules with these `id`s."""
         with _lock:

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import weakref
 from collections.abc import Iterator
+from sys import _getframe
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from nnsight.errors import NotInTreeError, OrphanError
 from nnsight.kernel import display, growth
-from nnsight.kernel.blocks import find, require
+from nnsight.kernel.blocks import find, open_blocks, require
 from nnsight.kernel.controller import Instrumentation
 from nnsight.kernel.location import ROOT, Tree
 from nnsight.kernel.mediator import Mediator
@@ -51,9 +52,12 @@ class Envoy:
     def output(self) -> Any:
         """What the module's caller gets from it, after the user's own hooks. Only inside a block."""
         try:
+            blocks = open_blocks.get(_getframe(1))
+            if blocks is not None and blocks[-1].tree is self._tree:  # what `_block` finds, for the common case
+                return blocks[-1].read(self._number + 1)
             return self._block("output").read(self._number + 1)
         except AttributeError as error:
-            raise self._keep(error) from None
+            raise self._keep("output", error) from None
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -66,7 +70,7 @@ class Envoy:
             found: tuple[tuple[Any, ...], dict[str, Any]] = self._block("inputs").read(self._number)
             return found
         except AttributeError as error:
-            raise self._keep(error) from None
+            raise self._keep("inputs", error) from None
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -86,7 +90,7 @@ class Envoy:
         try:
             args, kwargs = self._block("input").read(self._number)
         except AttributeError as error:
-            raise self._keep(error) from None
+            raise self._keep("input", error) from None
         if args:
             return args[0]
         if kwargs:
@@ -259,8 +263,8 @@ class Envoy:
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__
         kept = values.pop("_kept_error", None)
-        if kept is not None:
-            raise kept  # a property raised it: asking the module instead would hide what happened
+        if kept is not None and kept[0] == name:
+            raise kept[1]  # a property raised it: asking the module instead would hide what happened
         module = values.get("_module")
         if module is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -365,9 +369,9 @@ class Envoy:
         label = name if name not in self._own else f"{name} -> .E_{name}"
         return label if child._path == f"{self._path}.{name}" else f"{label} = {child._path}"
 
-    def _keep(self, error: AttributeError) -> AttributeError:
+    def _keep(self, name: str, error: AttributeError) -> AttributeError:
         """Remember an AttributeError raised by a property, so that `__getattr__` raises it instead of its own."""
-        self.__dict__["_kept_error"] = error
+        self.__dict__["_kept_error"] = name, error
         return error
 
 

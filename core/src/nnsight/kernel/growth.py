@@ -22,7 +22,7 @@ def build(envoy: Envoy, module: nn.Module) -> None:
     tree = Tree()
     values.update(
         _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
-        _envoys={id(module): envoy}, _instrumentation=Instrumentation(tree), _root=weakref.ref(envoy), edits=[],
+        _envoys={}, _instrumentation=Instrumentation(tree), _root=weakref.ref(envoy), edits=[],
     )  # fmt: skip
     envoy._instrumentation.add(module, envoy._number)
     _grow(envoy, envoy)
@@ -45,7 +45,8 @@ def rebind(envoy: Envoy, module: nn.Module) -> None:
     _rebind(root, envoy, module, set())
     envoys = {id(known._module): known for known in root._envoys.values()}
     root.__dict__["_envoys"] = envoys
-    root._instrumentation.replace([(known._module, known._number) for known in envoys.values()])
+    everyone = (root, *envoys.values())
+    root._instrumentation.replace([(known._module, known._number) for known in everyone])
 
 
 def copy_wrapper(envoy: E) -> E:
@@ -154,7 +155,8 @@ def _rebind(root: Envoy, envoy: Envoy, module: nn.Module, seen: set[int]) -> Non
             _rebind(root, child, new, seen)
         else:
             detach(envoy, name)
-    root._envoys[id(module)] = envoy
+    if envoy is not root:  # the root does not own itself
+        root._envoys[id(module)] = envoy
     for name, new in module._modules.items():
         if new is not None and name not in envoy._children:
             attach(envoy, name, new)

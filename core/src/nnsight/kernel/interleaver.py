@@ -8,9 +8,9 @@ is what the model goes on with.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
-from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nnsight.kernel import ambient
@@ -22,13 +22,8 @@ if TYPE_CHECKING:
     from nnsight.kernel.location import Tree
     from nnsight.kernel.mediator import Mediator
 
-
-class State(Enum):
-    """How far a run is."""
-
-    NEW = "not started"
-    RUNNING = "running"
-    OVER = "over"
+    #: A block that waits for what other blocks do, whether that is done, and what it is.
+    Condition = tuple[Mediator, Callable[[], bool], str]
 
 
 class Deferred:
@@ -39,7 +34,7 @@ class Deferred:
         raise NotImplementedError
 
 
-class _Everything(dict[int, list["Mediator"]]):
+class _Everything(dict[int, Any]):
     """Stands for `waiting` while a run is closing: every visit looks, and is unwound."""
 
     def __contains__(self, number: object) -> bool:
@@ -60,11 +55,20 @@ class Interleaver:
         skipped: a one-tuple with what the module being entered shall return instead of running, or None.
     """
 
-    __slots__ = (
-        "_error", "_error_told", "_function", "_instrumentation", "_is_closing", "_is_held", "args", "at",
-        "carrier", "conditions", "counts", "kwargs",
-        "mediators", "module", "skipped", "skipped_paths", "state", "thread", "tree", "value", "waiting",
-    )  # fmt: skip
+    # What few runs ever change is kept on the class: making a run is a part of every trace.
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    mediators: Sequence[Mediator] = ()
+    conditions: Sequence[Condition] = ()
+    skipped_paths: Sequence[str] = ()
+    at = -1
+    value: Any = None
+    thread = 0
+    skipped: tuple[Any] | None = None
+    is_running = is_over = is_held = False
+    _error: BaseException | None = None
+    _is_error_told = False
+    _is_closing = False
 
     def __init__(
         self,
@@ -87,22 +91,8 @@ class Interleaver:
         self.tree: Tree | None = instrumentation.tree
         self.module = module
         self._function: Callable[..., Any] | None = function
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.counts: list[int] = [0] * len(instrumentation.tree)
-        self.waiting: dict[int, list[Mediator]] = {}
-        self.mediators: list[Mediator] = []
-        self.conditions: list[tuple[Mediator, Callable[[], bool], str]] = []
-        self.at = -1
-        self.value: Any = None
-        self.thread = 0
-        self.skipped: tuple[Any] | None = None
-        self.skipped_paths: list[str] = []
-        self.state = State.NEW
-        self._error: BaseException | None = None
-        self._error_told = False
-        self._is_closing = False
-        self._is_held = False
+        self.counts: list[int] = [0] * len(instrumentation.tree.locations)
+        self.waiting: dict[int, Mediator | list[Mediator]] = {}
         context.run(_enter_model_side, self)
         self.carrier: Carrier | None = make_carrier(self._run, context, state, is_model=True)
 
@@ -112,7 +102,7 @@ class Interleaver:
         """Run the model. The first thing that happens on the model side, and the last."""
         assert self.carrier is not None and self._function is not None and self.tree is not None
         self.thread = self.carrier.thread
-        self.state = State.RUNNING
+        self.is_running = True
         try:
             if self.mediators:
                 self.start_blocks(self.mediators)
@@ -123,7 +113,7 @@ class Interleaver:
         except BaseException as error:  # noqa: BLE001 - raised again where the block asked
             self._error = error
         finally:
-            self.state = State.OVER
+            self.is_running, self.is_over = False, True
             self.at, self.value = -1, None
             if self.mediators:
                 self._end_blocks()
@@ -168,8 +158,8 @@ class Interleaver:
         for entry in self.conditions:
             mediator, is_met, _ = entry
             if is_met():
-                self.conditions.remove(entry)
-                if self.state is State.RUNNING:
+                self.conditions = [other for other in self.conditions if other is not entry]
+                if self.is_running:
                     self._resume(mediator)
                 else:
                     mediator.to_block()
@@ -195,21 +185,35 @@ class Interleaver:
         """Serve who waits for this visit, until nobody can go on here; return the value to go on with."""
         if self._is_closing:
             return self._unwind_again(value)
-        before = self.at, self.value  # a block may have the model side call a module: then visits nest
+        # A block may have the model side call a module: then visits nest.
+        before, value_before = self.at, self.value
         self.at, self.value = number, value
+        entry = self.waiting[number]
+        if type(entry) is not list and not self.mediators and not self.conditions and entry.wanted is None:
+            # One inline block waits for this alone: what is below, without the loops.
+            if self.counts[number] == entry.occurrence + 1:
+                del self.waiting[number]
+                entry.number = -1
+                entry.to_block()
+                while entry.has_call and entry.answer_call():
+                    entry.to_block()
+                if number in self.waiting or self.conditions:
+                    self._serve_all(number)
+        else:
+            self._serve_all(number)
+        value = self.value
+        self.at, self.value = before, value_before
+        return value
+
+    def _serve_all(self, number: int) -> None:
         occurrence = self.counts[number] - 1
-        try:
-            while True:
-                while (mediator := self._next(number, occurrence)) is not None:
-                    mediator.served = number
-                    self._resume(mediator)
-                if not self.conditions or not self._answer_condition():
-                    break
-            if self.mediators:
-                self._settle()
-            return self.value
-        finally:
-            self.at, self.value = before
+        while True:
+            while (mediator := self._next(number, occurrence)) is not None:
+                self._resume(mediator)
+            if not self.conditions or not self._answer_condition():
+                break
+        if self.mediators:
+            self._settle()
 
     def take_skipped(self, number: int) -> Any:
         """Return what the module being entered shall return, and note that its inside will not be reached."""
@@ -218,16 +222,18 @@ class Interleaver:
         self.skipped = None
         if isinstance(value, Deferred):
             value = value.resolve()
-        self.skipped_paths.append(self.tree[number].path)
+        self.skipped_paths = [*self.skipped_paths, self.tree[number].path]
         return value
 
     def _next(self, number: int, occurrence: int) -> Mediator | None:
-        parked = self.waiting.get(number)
-        if parked is not None:
-            for mediator in parked:
-                if mediator.wanted is not None and mediator.wanted[number] == occurrence:
-                    self.withdraw(mediator)
-                    return mediator
+        """Return the first block that waits for this visit, waiting no more."""
+        entry = self.waiting.get(number, ())
+        for mediator in entry if isinstance(entry, list | tuple) else (entry,):
+            wanted = mediator.occurrence if mediator.wanted is None else mediator.wanted[number]
+            if wanted == occurrence:
+                self.withdraw(mediator)
+                mediator.served = number
+                return mediator
         return None
 
     def _unwind_again(self, value: Any) -> Any:
@@ -243,45 +249,44 @@ class Interleaver:
 
     @property
     def is_new(self) -> bool:
-        return self.state is State.NEW
+        return not (self.is_running or self.is_over)
 
     @property
-    def is_running(self) -> bool:
-        return self.state is State.RUNNING
-
-    @property
-    def is_over(self) -> bool:
-        return self.state is State.OVER
+    def state(self) -> str:
+        """How far the run is, in words."""
+        return "running" if self.is_running else "over" if self.is_over else "not started"
 
     def start(self) -> None:
         """Put the instrumentation in place; the model starts when a block first hands over."""
         self._instrumentation.acquire()
-        self._is_held = True
+        self.is_held = True
 
-    def enqueue(self, mediator: Mediator) -> None:
-        """Let a mediator wait for what it wants."""
-        if not self._is_held:
+    def enqueue(self, mediator: Mediator, number: int) -> None:
+        """Let a block wait for a location, behind those that were written before it."""
+        if not self.is_held:
             self.start()
-        waiting = self.waiting
-        for number in mediator.wanted or ():
-            parked = waiting.get(number)
-            if parked is None:
-                waiting[number] = [mediator]
-            else:
-                parked.append(mediator)
-                parked.sort(key=_order)
+        entry = self.waiting.get(number)
+        if entry is None:
+            self.waiting[number] = mediator
+        else:
+            others = entry if isinstance(entry, list) else [entry]
+            self.waiting[number] = sorted([*others, mediator], key=_order)
 
     def withdraw(self, mediator: Mediator) -> None:
-        """Let a mediator wait for nothing."""
+        """Let a block wait for nothing."""
         waiting = self.waiting
-        for number in mediator.wanted or ():
-            parked = waiting.get(number)
-            if parked is not None and mediator in parked:
-                if len(parked) == 1:
-                    del waiting[number]
-                else:
-                    parked.remove(mediator)
-        mediator.wanted = None
+        for number in (mediator.number,) if mediator.wanted is None else mediator.wanted:
+            entry = waiting.get(number)
+            if entry is mediator:
+                del waiting[number]
+            elif isinstance(entry, list) and mediator in entry:
+                rest = [other for other in entry if other is not mediator]
+                waiting[number] = rest if len(rest) > 1 else rest[0]
+        mediator.wanted, mediator.number = None, -1
+
+    def mirrors(self, module: Any, number: int) -> bool:
+        """Return whether a location is one of this module, which may have been replaced in the model."""
+        return self._instrumentation.has(module, number)
 
     def skip(self, number: int, value: Any) -> None:
         """Note what the module at whose input the model stands shall return."""
@@ -293,15 +298,20 @@ class Interleaver:
         Args:
             again: also when a block has been told already.
         """
-        if self._error is not None and (again or not self._error_told):
-            self._error_told = True
-            raise self._error
+        if self._error is not None and (again or not self._is_error_told):
+            self._is_error_told = True
+            error, context = self._error, self._error.__context__
+            try:
+                raise error
+            finally:
+                error.__context__ = context  # not what the block happens to be handling
+                del error
 
     def finish(self) -> None:
         """Let the model run to its end. Called by an inline block that asks for nothing more."""
         assert self.carrier is not None
         if not self.is_over:
-            if not self._is_held:
+            if not self.is_held:
                 self.start()
             self.carrier.resume()
 
@@ -321,16 +331,16 @@ class Interleaver:
 
     def close(self) -> None:
         """Release the instrumentation and refer to nothing any more."""
-        if self._is_held:
-            self._is_held = False
+        if self.is_held:
+            self.is_held = False
             self._instrumentation.release()
-        self.state = State.OVER
+        self.is_running, self.is_over = False, True
         self.tree = self.carrier = self._function = self.module = self.value = self.skipped = None
         self._error = None
-        self.args, self.kwargs = (), {}
+        self.args, self.kwargs = (), MappingProxyType({})
         for mediator in self.mediators:
             mediator.close()
-        self.mediators, self.conditions = [], []
+        self.mediators = self.conditions = ()
         if not self._is_closing:
             self.waiting = {}
 

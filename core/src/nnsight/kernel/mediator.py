@@ -35,27 +35,42 @@ class Mediator:
     """One block's seat in one run.
 
     Attributes:
+        owner: the tracer that the block belongs to.
         run: the run, None once it is over for this block.
         tree: the numbering that locations are meant in.
         to_model: lets the model go on, and returns when it has handed back. Called by the block.
         to_block: lets the block go on, and returns when it has handed back. Called by the model.
         thread: the thread that the block's code runs in.
         step: the occurrence that requests mean; None for the next one not yet passed.
-        wanted: location number -> occurrence, while the block is parked.
+        number: the location that the block is parked for, at its `occurrence`; -1 for none.
+        wanted: location number -> occurrence, where it is parked for any of several.
         served: the number of the location that it was last served with, -1 for none.
         loops: how many loops over steps the block is in.
         first: the first location touched since this was last set to -1.
         is_done: whether a captured block has ended; `error` is what it raised, `is_stopped` whether it stopped the run.
     """
 
-    __slots__ = (
-        "__weakref__", "_pending_call", "error", "first", "frame", "is_done", "is_stopped", "line", "loops", "order",
-        "outer", "run", "served", "step", "thread", "to_block", "to_model", "tree", "wanted",
-    )  # fmt: skip
-
     # Programs catch these through the class.
     OutOfOrderError = OutOfOrderError
     MissedProviderError = MissedProviderError
+
+    # What few blocks ever change is kept on the class: making a mediator is a part of every trace.
+    step: int | None = 0
+    wanted: dict[int, int] | None = None
+    number = -1
+    occurrence = 0
+    served = -1
+    first = -1
+    loops = 0
+    line = 0
+    is_done = False
+    is_stopped = False
+    error: BaseException | None = None
+    outer: Any = None
+    owner: object = None
+    frame: FrameType | None = None
+    has_call = False
+    _pending_call: Callable[[], None] | None = None
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
         self.run: Interleaver | None = run
@@ -64,17 +79,6 @@ class Mediator:
         self.to_block = to_block
         self.order = order
         self.thread = _get_ident()
-        self.step: int | None = 0
-        self.wanted: dict[int, int] | None = None
-        self.served = -1
-        self.first = -1
-        self.loops = 0
-        self.is_done = self.is_stopped = False
-        self.error: BaseException | None = None
-        self.outer: Mediator | None = None
-        self.frame: FrameType | None = None
-        self.line = 0
-        self._pending_call: Callable[[], None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -88,18 +92,15 @@ class Mediator:
 
     def read(self, number: int) -> Any:
         """Wait for a location and return its value; at one visit always the same object."""
-        run = self._reach(number)
-        return run.value
+        return self._reach(number).value
 
     def write(self, number: int, value: Any) -> None:
         """Replace the value of a location, waiting for it unless the model stands there."""
-        run = self._reach(number)
-        run.value = value
+        self._reach(number).value = value
 
     def skip(self, number: int, value: Any) -> None:
         """Let the module whose input has `number` return `value` without running."""
-        run = self._reach(number)
-        run.skip(number, value)
+        self._reach(number).skip(number, value)
 
     def wait(self, wanted: dict[int, int]) -> int:
         """Wait until the run reaches any of several locations at its occurrence; return the number of that one."""
@@ -126,7 +127,7 @@ class Mediator:
         if run is None:
             raise causes.block_is_over(self)
         if not is_met():
-            run.conditions.append((self, is_met, what))
+            run.conditions = [*run.conditions, (self, is_met, what)]
             self.to_model()
             if not is_met():
                 raise causes.deadlock(run, self, what)
@@ -145,7 +146,7 @@ class Mediator:
             except Exception as error:  # noqa: BLE001 - handed over: it belongs to the block that asked
                 failure.append(error)
 
-        self._pending_call = work
+        self._pending_call, self.has_call = work, True
         self.to_model()
         if failure:
             raise failure.pop()
@@ -170,7 +171,7 @@ class Mediator:
 
     def answer_call(self) -> bool:
         """Run what the block wants run on the model side; False when it asked for nothing. Called by the model."""
-        work, self._pending_call = self._pending_call, None
+        work, self._pending_call, self.has_call = self._pending_call, None, False
         if work is None:
             return False
         work()
@@ -178,38 +179,71 @@ class Mediator:
 
     def close(self) -> None:
         """Refer to nothing any more."""
-        self.run = self.tree = self.frame = self.wanted = self._pending_call = self.error = None
+        self.run = self.tree = self.frame = self.owner = self.wanted = self._pending_call = self.error = None
         self.to_model = self.to_block = _handed_nowhere
 
     def _reach(self, number: int) -> Interleaver:
-        """Return the run standing at the wanted occurrence of a location."""
+        """Return the run standing at the wanted occurrence of a location. The hot path of every request."""
         run = self.run
         if run is None:
             raise causes.block_is_over(self)
         if self.first < 0:
             self.first = number
+        counts = run.counts
+        seen = counts[number] if number < len(counts) else run.count(number)
         step = self.step
-        if run.at == number and (step is None or run.counts[number] == step + 1):
+        if run.at == number and (step is None or seen == step + 1):
             return run
-        self._park(run, {number: run.count(number) if step is None else step})
+        if step is None:
+            step = seen
+        elif seen > step:
+            raise causes.out_of_order(run, number, step)
+        if run.is_over:
+            self._not_served(run, {number: step})
+        self.number, self.occurrence = number, step
+        waiting = run.waiting
+        if number in waiting or not run.is_held:
+            run.enqueue(self, number)
+        else:
+            waiting[number] = self
+        try:
+            self.to_model()
+        except BaseException:
+            self._withdraw(run)
+            raise
+        if self.number >= 0:
+            self._not_served(run, {number: step})
         return run
 
     def _park(self, run: Interleaver, wanted: dict[int, int]) -> None:
-        if _get_ident() != self.thread:
-            raise wrong_thread("A value", self)
+        """Wait for any of several locations."""
         for number, occurrence in wanted.items():
             if run.count(number) > occurrence:
                 raise causes.out_of_order(run, number, occurrence)
         if run.is_over:
-            raise causes.missed(run, wanted)
-        self.wanted = wanted
-        self.served = -1
-        run.enqueue(self)
-        self.to_model()
+            self._not_served(run, wanted)
+        self.wanted, self.served = wanted, -1
+        for number in wanted:
+            run.enqueue(self, number)
+        try:
+            self.to_model()
+        except BaseException:
+            self._withdraw(run)
+            raise
         if self.served < 0:
+            self._not_served(run, wanted)
+
+    def _withdraw(self, run: Interleaver) -> None:
+        """Wait no more, after handing over has failed: because of an interrupt, or in a thread that is not ours."""
+        if not run.is_over:
             run.withdraw(self)
-            run.raise_error()
-            raise causes.missed(run, wanted)
+        if _get_ident() != self.thread:
+            raise wrong_thread("A value", self) from None
+
+    def _not_served(self, run: Interleaver, wanted: dict[int, int]) -> None:
+        run.withdraw(self)
+        run.raise_error()
+        raise causes.missed(run, wanted)
 
 
 def _handed_nowhere() -> None:

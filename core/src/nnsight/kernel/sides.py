@@ -9,6 +9,7 @@ safe (see `guard.py`).
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import Context
@@ -107,9 +108,9 @@ class GreenletCarrier:
         worker = self._worker
         if worker is None:
             worker = self._start()
-        self._driver = driver = getcurrent()
-        if worker.parent is not driver:
-            worker.parent = driver
+        driver = getcurrent()
+        if driver is not self._driver:
+            self._driver = worker.parent = driver
         mine = probe()
         if mine is self._state and self._lift is None:
             worker.switch()
@@ -121,12 +122,11 @@ class GreenletCarrier:
             self._take_back(mine, now)
 
     def pause(self) -> None:
-        assert self._driver is not None
-        self._driver.switch()
+        self._driver.switch()  # type: ignore[union-attr]  # a job that runs has been resumed by somebody
 
     def unwind(self) -> None:
         worker = self._worker
-        if worker is None or self._job is None:
+        if worker is None or self._job is None or sys.is_finalizing():  # nobody can switch when Python ends
             return
         self._driver = worker.parent = getcurrent()
         self._switch_state(probe(), lambda: worker.throw(Unwind))
@@ -188,8 +188,10 @@ class ThreadCarrier:
         self._driver_turn = threading.Semaphore(0)
         self._is_closing = False
         self._scope: Any = None
+        self._owner = _get_ident()
 
     def resume(self) -> None:
+        _check_thread(self._owner if self._is_model else _get_ident())
         self._scope = None
         if self.thread:
             self._job_turn.release()
@@ -206,6 +208,7 @@ class ThreadCarrier:
             self._scope = inference_scope(self._state, probe())
 
     def pause(self) -> None:
+        _check_thread(self.thread)
         self._state = probe()
         self._driver_turn.release()
         self._job_turn.acquire()
@@ -244,8 +247,19 @@ class ThreadCarrier:
         started.wait()
 
 
+def _check_thread(owner: int) -> None:
+    """Refuse what greenlets refuse by themselves: to hand over from a thread that has no part in it."""
+    if _get_ident() != owner:
+        raise RuntimeError("handed over from a thread that has no part in this run")
+
+
 def make_carrier(job: Job, context: Context, state: State, is_model: bool) -> Carrier:
     """Return what carries a job: a greenlet where that is safe, else a thread."""
-    if os.environ.get("NNSIGHT_MODEL_SIDE") == "thread" or not guard.install():
-        return ThreadCarrier(job, context, state, is_model)
-    return GreenletCarrier(job, context, state, is_model)
+    global _kind
+    if _kind is None:
+        is_safe = os.environ.get("NNSIGHT_MODEL_SIDE") != "thread" and guard.install()
+        _kind = GreenletCarrier if is_safe else ThreadCarrier
+    return _kind(job, context, state, is_model)
+
+
+_kind: type[GreenletCarrier] | type[ThreadCarrier] | None = None

@@ -40,6 +40,7 @@ class Invokes:
         self._function: Callable[..., Any] | None = function
         self._batched = batched
         self._run: Interleaver | None = None
+        self.owner: object = None
         self.entries: list[tuple[CapturedBlock, Inputs | None]] = []
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invoker:
@@ -47,7 +48,7 @@ class Invokes:
         inputs = None
         if args or kwargs:
             assert self._envoy is not None
-            inputs = self._envoy._prepare(self._method, args, kwargs)
+            inputs = self._envoy._prepare(self._envoy._traced_root(), self._method, args, kwargs)
             if inputs.rows is None:
                 raise InvokeError(
                     f"This invoke was given {', '.join(kwargs) or 'nothing'} but no input. Give the input first, or no "
@@ -86,8 +87,10 @@ class Invokes:
             if inputs is not None and shared is not None:
                 batch = Batch(start, inputs.rows or 0, shared)
                 start += batch.size
-            blocks.append(block.join(run, order, batch))
-        run.mediators += blocks
+            mediator = block.join(run, order, batch)
+            mediator.owner = self.owner
+            blocks.append(mediator)
+        run.mediators = [*run.mediators, *blocks]
         run.start_blocks(blocks)
 
     def run_apart(self, make_run: Callable[[Envoy, Callable[..., Any]], Interleaver], template: Interleaver) -> None:
@@ -101,7 +104,9 @@ class Invokes:
             assert inputs is not None
             run = make_run(envoy._traced_root(), self._function)
             run.args, run.kwargs = (*template.args, *inputs.args), {**template.kwargs, **inputs.kwargs}
-            run.mediators.append(block.join(run, 0))
+            mediator = block.join(run, 0)
+            mediator.owner = self.owner
+            run.mediators = [*run.mediators, mediator]
             try:
                 run.finish()
                 for mediator in run.mediators:
@@ -121,7 +126,7 @@ class Invokes:
         for block, _ in self.entries:
             block.scope.close()
         self.entries = []
-        self._envoy = self._function = None
+        self._envoy = self._function = self.owner = None
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -53,13 +53,12 @@ class Envoy(kernel.Envoy):
         Raises:
             InputError: the input cannot be used.
         """
-        function = getattr(self._module, fn) if isinstance(fn, str) else fn
         if not trace:
-            return self._run_plainly("trace", function, args, kwargs)
-        return self._open("trace", function, args, kwargs, remote, backend, batched)
+            return self._run_plainly("trace", fn, args, kwargs)
+        return self._open("trace", fn, args, kwargs, remote, backend, batched)
 
     def _open(
-        self, method: str, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, method: str, function: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any],
         remote: Any, backend: Any, batched: bool,
     ) -> Tracer:  # fmt: skip
         if remote or backend is not None:
@@ -70,16 +69,15 @@ class Envoy(kernel.Envoy):
         return Tracer(self, method, function, args, kwargs, batched)
 
     def _run_plainly(
-        self, method: str, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, method: str, function: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         tracer = Tracer(self, method, function, args, kwargs)
         with tracer:
             result = tracer.result
         return result
 
-    def _prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    def _prepare(self, root: Envoy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Turn the user's arguments into the call's. A part of a model takes them as they are."""
-        root = self.root
         if isinstance(root, NNsight):
             if not root.dispatched:
                 root.dispatch()
@@ -88,9 +86,7 @@ class Envoy(kernel.Envoy):
         return Inputs(args, kwargs, _leading_size(args, kwargs))
 
     def _traced_root(self) -> Envoy:
-        root = self.root
-        assert isinstance(root, Envoy)
-        return root
+        return cast("Envoy", self._find_root())
 
     def _join(self, inputs: Sequence[Inputs]) -> Inputs:
         """Join what invokes feed this module. A part of a model takes tensors as they are."""
@@ -265,9 +261,10 @@ def _check_module(module: object) -> None:
 
 def _leading_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Return the first size of the first tensor given; 1 for other arguments, None for options alone."""
-    values = [*args, *kwargs.values()]
-    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
-    return sizes[0] if sizes else (1 if args else None)
+    for value in args if not kwargs else (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value.shape[0]
+    return 1 if args else None
 
 
 def _is_mirror(name: str, value: object) -> bool:

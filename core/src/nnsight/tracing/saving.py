@@ -26,7 +26,6 @@ _SCALARS_AND_CONTAINERS = (
     int, float, complex, str, bytes, bytearray, type(None), list, tuple, dict, set, frozenset, slice, range,
 )  # fmt: skip
 _mounted: set[type] = set()
-_generation = -1
 
 
 def save(value: T) -> T:
@@ -60,10 +59,6 @@ class _Save:
 
 def mount() -> None:
     """Give tensors, Python's own types and those that plugins name their `save`, once."""
-    global _generation
-    if _generation == hooks.generation:
-        return
-    _generation = hooks.generation
     every: list[type] = [torch.Tensor, *_SCALARS_AND_CONTAINERS, *hooks.saveable_types()]
     for cls in every:
         if cls in _mounted:

@@ -22,10 +22,10 @@ from nnsight.kernel.controller import current_run
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator, StopBlock
 from nnsight.plugins import hooks
-from nnsight.tracing.iteration import Iteration, Steps
 
 if TYPE_CHECKING:
     from nnsight.tracing.invoker import Invoker
+    from nnsight.tracing.iteration import Iteration, Steps
     from nnsight.tracing.joint import Invokes
     from nnsight.tracing.model import Envoy
 
@@ -46,7 +46,7 @@ class Tracer:
     """One run of a model and the block that takes part in it."""
 
     def __init__(
-        self, envoy: Envoy, method: str, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, envoy: Envoy, method: str, function: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any],
         batched: bool = True,
     ) -> None:  # fmt: skip
         """Keep what to run.
@@ -54,7 +54,8 @@ class Tracer:
         Args:
             envoy: what is traced.
             method: the name of the method that opened the trace, for messages and for `prepare`.
-            function: runs the model, called with the prepared arguments on the model side; None for the module itself.
+            function: runs the model, called with the prepared arguments on the model side; the
+                name of a method of the module; None for the module itself.
             args: the user's arguments, not yet prepared.
             kwargs: the user's keyword arguments.
             batched: whether invokes run as one batch, or one after another.
@@ -75,19 +76,24 @@ class Tracer:
         if envoy is None or self._run is not None:
             raise TracerStateError(_REUSED.format(method=self._method))
         frame = sys._getframe(1)
-        inputs = envoy._prepare(self._method, self._args, self._kwargs)
+        root = envoy._traced_root()
+        inputs = envoy._prepare(root, self._method, self._args, self._kwargs)
         # Not before: preparing may load the weights, and with them the module.
         function = envoy._module if self._function is None else self._function
+        if isinstance(function, str):
+            function = getattr(envoy._module, function)
         if inputs.rows is None:
             from nnsight.tracing.joint import Invokes  # lazy: a trace with an input needs nothing of it
 
             self._invokes = Invokes(envoy, self._method, function, self._batched)
+            self._invokes.owner = self
             function = self._invokes.run
-        run = self._run = self._make_run(envoy._traced_root(), function)
+        run = self._run = self._make_run(root, function)
         run.args, run.kwargs = inputs.args, inputs.kwargs
         assert run.carrier is not None
         mediator = self._mediator = Mediator(run, run.carrier.resume, run.carrier.pause, order=sys.maxsize)
-        mediator.frame, mediator.line = self._frame, _ = frame, frame.f_lineno
+        mediator.owner, mediator.frame, mediator.line = self, frame, frame.f_lineno
+        self._frame = frame
         open_block(frame, mediator)
         if hooks.trace_opened:
             hooks.trace_opened(self)
@@ -201,17 +207,23 @@ class Tracer:
     @property
     def result(self) -> Any:
         """What the traced call returns: the model's output, or the generated ids. Ends the run when read."""
-        mediator = self._current("result")
+        mediator = self._current()
         assert mediator.tree is not None
-        return mediator.read(mediator.tree.result)
+        try:
+            return mediator.read(mediator.tree.result)
+        except AttributeError as error:
+            self.__dict__["_kept_error"] = error  # else Python would ask `__getattr__`, which hides it
+            raise
 
     def stop(self) -> None:
         """End the block here and the run with it; what follows in the block is not run."""
-        self._current("stop").stop()
+        self._current().stop()
 
     @property
     def iter(self) -> Steps:
         """The steps of the run: `for step in tracer.iter[:3]:`, `[2]`, `[[0, 4]]`, `[::2]`."""
+        from nnsight.tracing.iteration import Steps  # lazy: most traces have no steps
+
         return Steps(self.current_block, self._first_input())
 
     def all(self) -> Iteration:
@@ -233,20 +245,23 @@ class Tracer:
         Raises:
             TracerStateError: the tracer is not open.
         """
-        return self._current("a block")
+        return self._current()
 
     def _first_input(self) -> int:
         assert self._envoy is not None
         return self._envoy._number
 
-    def _current(self, what: str) -> Mediator:
+    def _current(self) -> Mediator:
         """Return the block of this run that the calling code is in."""
-        mediator = self._mediator
-        if mediator is None or mediator.tree is None:
+        run, mediator = self._run, self._mediator
+        if run is None or mediator is None or run.tree is None:
             raise TracerStateError(_NOT_ENTERED.format(method=self._method))
-        return find(mediator.tree) or require(mediator.tree, "tracer", what)
+        return find(run.tree, of_tracer=self) or require(run.tree, "tracer", "a value")
 
     def __getattr__(self, name: str) -> Any:
+        kept = self.__dict__.pop("_kept_error", None)
+        if kept is not None and name == "result":
+            raise kept
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         from nnsight import plugins  # lazy: a name that only a plugin may provide
