@@ -26,5 +26,5 @@ def is_with_item(frame: FrameType) -> bool:
 
 
 def _look(code: CodeType, position: int) -> bool:
-    following = [step.opname for step in dis.get_instructions(code) if step.offset > position and step.opname != "CACHE"]
-    return tuple(following[: len(_ENTER)]) == _ENTER
+    following = (op for op in code.co_code[position + 2 :: 2] if op != dis.opmap["CACHE"])
+    return all(next(following, None) == dis.opmap[name] for name in _ENTER)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from types import CellType, CodeType, FrameType, FunctionType
+from types import CellType, FrameType, FunctionType
 from typing import Any
 
-from nnsight.capture.compiler import ENTERED, LOAD, Block
+from nnsight.capture.compiler import ENTERED, Block
+from nnsight.capture.rewrite import LOAD
+from nnsight.capture.verify import variables
 from nnsight.errors import CaptureError
 
 _MISSING = object()
@@ -18,33 +20,47 @@ _IS_OPTIMIZED = 0x1  # CO_OPTIMIZED: locals are slots, so it is a function's fra
 class Scope:
     """The variables of one captured block, taken from its frame at the moment it was entered.
 
-    Attributes:
+    Args:
         block: what is captured.
+        frame: where it is written.
+        previous: the block before it in the same frame, whose names it may read.
+
+    Attributes:
         frame: where it is written; None when it is over.
         is_over: whether the block has ended, so that it will bind nothing more.
+        reach: the names that this block and those before it bind.
     """
 
-    def __init__(self, block: Block, frame: FrameType, siblings: Sequence[Scope] = ()) -> None:
+    def __init__(self, block: Block, frame: FrameType, previous: Scope | None = None) -> None:
         self.block = block
         self.frame: FrameType | None = frame
         self.is_over = False
-        self._siblings = [scope for scope in siblings if scope.frame is frame]
-        names = (block.bound | block.loaded) - block.declared_global
-        shared = frozenset().union(*(scope.block.bound for scope in self._siblings))
+        self.previous = previous
+        bound, live, names = block.bound, block.live, block.names
+        shared = previous.reach if previous is not None else frozenset()
+        self.reach: frozenset[str] = shared if bound <= shared else shared | bound
+        self._globals = frame.f_globals
         self._values = _values(frame, names)
-        self.live = _shared_names(frame, block)
-        _check_deletions(frame, block, self._values)
-        self._cells: dict[str, CellType] = {}
-        self._marked = (block.loaded & shared & names) - self.live
-        for name in names:
-            if name in self.live:
-                self._cells[name] = _frame_cell(frame, name)
-            elif name in shared:
-                self._cells[name] = CellType()
-            elif name in self._values:
-                self._cells[name] = CellType(self._values[name])
-            elif name in block.bound or _is_local(frame.f_code, name):
-                self._cells[name] = CellType()
+        if block.deleted:
+            _check_deletions(block, self._values)
+        self._live = {name: _frame_cell(frame, name) for name in live}
+        self._outer_load = _outer_load(frame) if block.is_nested else None
+        marked = {name for name in block.exposed - live if name in shared or (name in bound and name in self._values)}
+        if self._outer_load is not None:
+            marked |= {name for name in block.exposed & live if _content(self._live[name]) is _MISSING}
+        self._marked = frozenset(marked - block.deleted)
+        self._cells = self._fresh_cells()
+
+    def _fresh_cells(self) -> dict[str, CellType]:
+        """Return the cells at the start: empty for what the block binds, so that it shows when it has."""
+        block, values, marked = self.block, self._values, self._marked
+        cells = dict(self._live)
+        for name in block.names - block.live:
+            if name in values and (name not in block.bound or name in block.deleted) and name not in marked:
+                cells[name] = CellType(values[name])
+            elif name in values or name in marked or name in block.bound or name in block.local:
+                cells[name] = CellType()
+        return cells
 
     def function(self, entered: object, wait: Callable[[Scope, str], None]) -> Callable[[], None]:
         """Return the body as a function of no arguments.
@@ -54,37 +70,40 @@ class Scope:
             wait: called with a sibling and a name that this block reads and the sibling may bind; returns when the
                 sibling has bound it or is over.
         """
-        cells = {**self._cells, ENTERED: CellType(entered), LOAD: CellType(self._loader(wait))}
-        code = self.block.compile(frozenset(self._cells), self._marked)
-        assert self.frame is not None
-        closure = tuple(cells[name] for name in code.co_freevars)
-        return FunctionType(code, self.frame.f_globals, code.co_name, None, closure)
+        cells, block = self._cells, self.block
+        code = block.compile(block.variables if block.is_function else frozenset(cells), self._marked)
+        own = {ENTERED: entered, LOAD: self._loader(wait) if self._marked else None}
+        closure = tuple(CellType(own[name]) if name in own else cells[name] for name in code.co_freevars)
+        return FunctionType(code, self._globals, code.co_name, None, closure)
 
     def again(self) -> Scope:
         """Return a scope with cells of its own and the same values at the start, to run the block once more."""
         new = Scope.__new__(Scope)
         new.__dict__.update(self.__dict__)
-        new._cells = {
-            name: cell if name in self.live else CellType(*([self._values[name]] if name in self._values else []))
-            for name, cell in self._cells.items()
-        }
+        new._cells = self._fresh_cells()
         return new
+
+    def detach(self) -> None:
+        """Let go of the frame: nothing will be written back."""
+        self.frame = None
 
     def has(self, name: str) -> bool:
         """Return whether the block has bound a name."""
         return _content(self._cells.get(name)) is not _MISSING
 
     def _loader(self, wait: Callable[[Scope, str], None]) -> Callable[[str], Any]:
-        cells, siblings, values = self._cells, self._siblings, self._values
+        if self._outer_load is not None:
+            return self._outer_load
+        cells, values, previous = self._cells, self._values, self.previous
 
         def load(name: str) -> Any:
             found = _content(cells.get(name))
-            for sibling in reversed(siblings):
-                if found is not _MISSING:
-                    return found
-                if name in sibling.block.bound:
-                    wait(sibling, name)
-                    found = _content(sibling._cells.get(name))
+            before = previous
+            while found is _MISSING and before is not None:
+                if name in before.block.bound:
+                    wait(before, name)
+                    found = _content(before._cells.get(name))
+                before = before.previous
             if found is _MISSING:
                 found = values.get(name, _MISSING)
             if found is _MISSING:
@@ -97,20 +116,22 @@ class Scope:
         """Return what the block has bound, and which names it has deleted."""
         bound: dict[str, Any] = {}
         gone: set[str] = set()
-        for name in self.block.bound - self.live:
+        deleted = self.block.deleted
+        for name in self.block.bound - self.block.live:
             value = _content(self._cells.get(name))
-            if value is _MISSING:
-                if name in self.block.deleted and name in self._values:
-                    gone.add(name)
-            elif value is not self._values.get(name, _MISSING):
+            if value is not _MISSING:
                 bound[name] = value
+            elif name in deleted and name in self._values:
+                gone.add(name)
         return bound, gone
 
     def close(self) -> None:
         """Refer to nothing any more."""
         self.is_over = True
         self.frame = None
-        self._cells, self._values, self._siblings = {}, {}, []
+        self.previous = None
+        self._outer_load = None
+        self._cells, self._values, self._live = {}, {}, {}
 
 
 def write_back(scopes: Sequence[Scope]) -> None:
@@ -155,7 +176,7 @@ def _store(frame: FrameType, values: dict[str, Any], removed: set[str]) -> None:
     for name in removed:
         namespace.pop(name, None)
     if frame.f_code.co_flags & _IS_OPTIMIZED and sys.version_info < (3, 13):
-        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(bool(removed)))
         namespace.clear()  # the frame keeps this dict, and with it everything in it, until it returns
 
 
@@ -168,17 +189,19 @@ def _values(frame: FrameType, names: frozenset[str]) -> dict[str, Any]:
     return found
 
 
-def _check_deletions(frame: FrameType, block: Block, values: dict[str, Any]) -> None:
-    lost = sorted(name for name in block.deleted if name in values)
-    if lost and frame.f_code.co_flags & _IS_OPTIMIZED and sys.version_info >= (3, 13):
+def _check_deletions(block: Block, values: dict[str, Any]) -> None:
+    lost = sorted(name for name in block.deleted if name in values and name not in block.live)
+    if lost and block.is_function and sys.version_info >= (3, 12):
         raise CaptureError(
-            f"`del {lost[0]}` in the block at {block.where} cannot reach the function around it: Python 3.13 lets "
-            "nobody else delete a function's variable. Delete it after the block."
+            f"`del {lost[0]}` in the block at {block.where} cannot reach the function around it: from Python 3.12 on "
+            "nobody else can delete a function's variable. Delete it after the block."
         )
 
 
-def _is_local(code: CodeType, name: str) -> bool:
-    return name in code.co_varnames or name in code.co_cellvars or name in code.co_freevars
+def _outer_load(frame: FrameType) -> Callable[[str], Any] | None:
+    """Return the function by which the captured block around this one reads names that others may bind."""
+    found: Callable[[str], Any] | None = _values(frame, frozenset({LOAD})).get(LOAD)
+    return found
 
 
 def _content(cell: CellType | None) -> Any:
@@ -186,36 +209,6 @@ def _content(cell: CellType | None) -> Any:
         return _MISSING if cell is None else cell.cell_contents
     except ValueError:
         return _MISSING
-
-
-def _shared_names(frame: FrameType, block: Block) -> frozenset[str]:
-    """Return the names whose one cell must be used: those that functions outside the block share with it.
-
-    A variable that such a function only reads, and the block does not bind, is taken at its value on entry: a loop's
-    turns stay apart.
-    """
-    code = frame.f_code
-    if not code.co_cellvars and not code.co_freevars:
-        return frozenset()
-    names = block.bound | block.loaded
-    live = names & frozenset(code.co_freevars)
-    first, last = block.node.lineno, block.node.end_lineno or block.node.lineno
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType) and not first <= inner.co_firstlineno <= last:
-            used = names & frozenset(inner.co_freevars) & frozenset(code.co_cellvars)
-            live |= {name for name in used if name in block.bound or _stores(inner, name)}
-    return live
-
-
-def _stores(code: CodeType, name: str) -> bool:
-    """Return whether a function, or one inside it, binds a variable of the function around it."""
-    import dis
-
-    if name not in code.co_freevars:
-        return False
-    if any(step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval == name for step in dis.get_instructions(code)):
-        return True
-    return any(_stores(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 # Where a frame's variables are: offset of the interpreter frame in a frame object, of the code and of the variables in
@@ -228,11 +221,10 @@ _VARIABLES = 72
 def _frame_cell(frame: FrameType, name: str) -> CellType:
     """Return the cell in which a running function keeps a variable that it shares with its inner functions."""
     code = frame.f_code
-    names = [*code.co_varnames, *(n for n in code.co_cellvars if n not in code.co_varnames), *code.co_freevars]
     word = ctypes.c_void_p
     inner = word.from_address(id(frame) + _FRAME).value
     if sys.version_info < (3, 14) and inner and word.from_address(inner + _CODE).value == id(code):
-        slot = word.from_address(inner + _VARIABLES + 8 * names.index(name)).value
+        slot = word.from_address(inner + _VARIABLES + 8 * variables(code).index(name)).value
         if slot and word.from_address(slot + 8).value == id(CellType):
             cell: CellType = ctypes.cast(slot, ctypes.py_object).value
             return cell

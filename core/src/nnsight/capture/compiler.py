@@ -2,58 +2,108 @@
 
 from __future__ import annotations
 
+import __future__
 import ast
 import copy
-from dataclasses import dataclass, field
+import functools
+import operator
+import sys
+import weakref
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import Any
 
-from nnsight.capture.locate import CHANGED, find_with
-from nnsight.capture.names import Names, inner_names, mangle
+from nnsight.capture.locate import CHANGED, find_in, find_with
+from nnsight.capture.names import Names, mangle
 from nnsight.capture.percode import PerCode
-from nnsight.capture.verify import class_node, differs, function_node, future_flags, owner_class, trust
+from nnsight.capture.rewrite import LOAD, Prepare, exposed
+from nnsight.capture.verify import differs, operations, variables
 from nnsight.errors import CaptureError
 
-#: Names that no program can use: what was entered, and the function that reads a name another block may bind.
-ENTERED, LOAD = "@entered", "@load"
+#: What was entered; no program can use its name.
+ENTERED = "@entered"
 
-_UNMOVABLE = {
+_OPTIMIZED, _NEW_LOCALS = 0x1, 0x2  # code flags: both for functions, neither for modules and class bodies
+_FUTURE = functools.reduce(operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+_ASYNC = "a plain `with model.trace(input):`, where it works"
+_UNMOVABLE: dict[type[ast.AST], tuple[str, str]] = {
     ast.Return: ("return", "bind the value to a name and return it after the block"),
     ast.Yield: ("yield", "collect the values in a list and yield them after the block"),
     ast.YieldFrom: ("yield from", "collect the values in a list and yield them after the block"),
-    ast.Await: ("await", "await before the block, or use a plain `with model.trace(input):`, where it works"),
+    ast.Await: ("await", f"await before the block, or use {_ASYNC}"),
+    ast.AsyncFor: ("async for", f"loop before the block, or use {_ASYNC}"),
+    ast.AsyncWith: ("async with", f"put the block inside of it, or use {_ASYNC}"),
     ast.Break: ("break", "set a flag in the block and break after it"),
     ast.Continue: ("continue", "use `if` inside the block"),
     ast.ImportFrom: ("import *", "import the names one by one"),
 }
+_ASYNC_COMPREHENSION = ("async for", f"collect the values before the block, or use {_ASYNC}")
+
 _known: PerCode[Block] = PerCode()
+_compiled: PerCode[weakref.ref[Block]] = PerCode()
 
 
-@dataclass
 class Block:
     """What is known of one `with` item, from its source: the body it stands for, and that body's names.
 
     Names are given as Python stores them (mangled inside classes).
+
+    Attributes:
+        bound: names that the body binds; `loaded` those it reads; `deleted` those it deletes.
+        exposed: names that it may read before it has bound them.
+        names: all names but those declared global.
+        live: names that functions outside the block share with it, so that their one cell is used.
+        local: names that are variables of the function around the block.
+        is_function: whether a function is around it, not a module or a class body.
+        variables: the names that are cells of the compiled body where it is.
+        first: the first argument of that function, for `super()`.
+        is_nested: whether the block stands in another one, which was compiled here.
     """
 
-    node: ast.With
-    item: int
-    code: CodeType
-    owner: str
-    bound: frozenset[str]
-    loaded: frozenset[str]
-    deleted: frozenset[str]
-    declared_global: frozenset[str]
-    _variants: dict[tuple[frozenset[str], frozenset[str]], CodeType] = field(default_factory=dict)
+    def __init__(self, node: ast.With, item: int, code: CodeType, first: str, is_nested: bool) -> None:
+        self.is_nested = is_nested
+        self.node, self.item, self.first = node, item, first
+        self.filename, self.name, self.qualname = code.co_filename, code.co_name, code.co_qualname
+        self.flags = code.co_flags & _FUTURE
+        self.is_function = bool(code.co_flags & _OPTIMIZED)
+        self.is_class = not code.co_flags & (_OPTIMIZED | _NEW_LOCALS) and code.co_name != "<module>"
+        self.owner = code.co_name if self.is_class else _owner_class(code)
+        names = Names().scan(self.parts)
+        if names.uses_super and first:
+            names.loaded.add(first)
+        self.unmovable = names.unmovable
+        self.local = frozenset(variables(code))
+        bound = self._mangled(names.bound)
+        self.declared_global = frozenset(names.globals)
+        if self.is_function:
+            self.declared_global |= bound - self.local
+        self.bound = bound - self.declared_global
+        self.loaded = self._mangled(names.loaded)
+        self.deleted = self._mangled(names.deleted)
+        self.exposed = self._mangled(exposed(self.parts))
+        self.names = (self.bound | self.loaded) - self.declared_global
+        self.variables = self.names & self.local
+        self.live = _shared_names(code, self)
+        self._plain = {mangle(name, self.owner): name for name in names.bound | names.loaded}
+        #: Whether the body cannot be compiled just as it is written.
+        self._is_rewritten = names.uses_super or names.has_annotations or item < len(node.items) - 1
+        self._variants: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
 
     @property
     def where(self) -> str:
-        return f"{self.code.co_filename}:{self.node.lineno}"
+        return f"{self.filename}:{self.node.lineno}"
 
     @property
     def target(self) -> Any:
         """What `as` binds: a name, a list of targets where it unpacks, None for anything else."""
         return _target(self.node.items[self.item].optional_vars, self.owner)
+
+    @property
+    def parts(self) -> list[ast.AST]:
+        """The target, the later items of the header and the statements of the body."""
+        item, later = self.node.items[self.item], self.node.items[self.item + 1 :]
+        target = [] if item.optional_vars is None else [item.optional_vars]
+        return [*target, *later, *self.node.body]
 
     def compile(self, cells: frozenset[str], marked: frozenset[str]) -> CodeType:
         """Return the body as the code of a closure.
@@ -65,45 +115,105 @@ class Block:
         key = (cells, marked)
         found = self._variants.get(key)
         if found is None:
-            found = self._variants[key] = self._compile(cells, marked)
+            body = list(self.node.body)
+            if self._is_rewritten or marked:
+                prepare = Prepare({self._plain.get(name, name) for name in marked}, self.first)
+                body = prepare.block(self._written_body())
+            found = self._variants[key] = self._closure(body, cells)
+            _remember(found, weakref.ref(self))
         return found
 
-    def _compile(self, cells: frozenset[str], marked: frozenset[str]) -> CodeType:
-        plain = {mangle(name, self.owner): name for name in self._written()}
-        node = self.node
-        later = node.items[self.item + 1 :]
-        body = [ast.With(items=later, body=node.body)] if later else list(node.body)
-        body = _Prepare({plain.get(name, name) for name in marked}, self.code).block(body)
-        target = node.items[self.item].optional_vars
-        if target is not None:
-            body.insert(0, ast.Assign(targets=[target], value=ast.Name(ENTERED, ast.Load())))
-        shared = sorted(plain.get(name, name) for name in self.bound & cells)
-        if shared:
-            body.insert(0, ast.Nonlocal(names=shared))
-        if self.declared_global:
-            body.insert(0, ast.Global(names=sorted(self.declared_global)))
-        name = self.code.co_name if self.code.co_name.isidentifier() else "block"
-        inner = function_node(name, [], body)
-        outer = function_node("factory", [*sorted(plain.get(name, name) for name in cells), ENTERED, LOAD], [inner])
-        statements: list[ast.stmt] = [outer]
-        if self.owner:
-            statements = [class_node(self.owner, statements)]
-        tree = ast.Module(body=statements, type_ignores=[])
-        for created in (inner, outer, *body[:3], *statements):
-            if not hasattr(created, "lineno"):
-                ast.copy_location(created, node)
-        ast.fix_missing_locations(tree)
-        flags = self.code.co_flags & future_flags()
-        code = compile(tree, self.code.co_filename, "exec", flags=flags, dont_inherit=True)
-        for _ in range(3 if self.owner else 2):
-            code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
-        code = code.replace(co_name=self.code.co_name, co_qualname=self.code.co_qualname)
-        trust(code)
-        return code
+    def check(self, code: CodeType) -> None:
+        """Compare the source with the code that is running.
 
-    def _written(self) -> set[str]:
-        names = Names().scan(_parts(self.node, self.item))
-        return names.bound | names.loaded
+        Raises:
+            CaptureError: they differ.
+        """
+        # What will run is compared, so that most blocks are compiled once. Where that cannot be compared, or what is done
+        # with a name depends on how it is stored, the body is compiled once more, as it stands.
+        is_as_it_stands = self._is_rewritten or not self.is_function
+        if is_as_it_stands or differs(code, self.compile(self.variables, frozenset()), self.parts):
+            if differs(code, self._as_it_stands(code), self.parts):
+                raise CaptureError(CHANGED.format(where=self.where))
+
+    def _mangled(self, names: set[str]) -> frozenset[str]:
+        return frozenset(mangle(name, self.owner) for name in names) if self.owner else frozenset(names)
+
+    def _written_body(self) -> list[ast.stmt]:
+        """Return the statements of the body inside the later items, each a `with` that stands where the item does."""
+        body: list[ast.stmt] = copy.deepcopy(self.node.body)
+        for item in reversed(self.node.items[self.item + 1 :]):
+            item = copy.deepcopy(item)
+            body = [ast.copy_location(ast.With(items=[item], body=body), item.context_expr)]
+        return body
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where statements stand that are added: at the `with`, which is no part of its body."""
+        names = ("lineno", "col_offset", "end_lineno", "end_col_offset")
+        return {name: getattr(self.node, name) for name in names}
+
+    def _closure(self, body: list[ast.stmt], cells: frozenset[str]) -> CodeType:
+        """Compile statements as a function without arguments, whose free variables are `cells`."""
+        place = self._place
+        first: list[ast.stmt] = []
+        if self.declared_global:
+            first.append(ast.Global(names=sorted(self.declared_global), **place))
+        if shared := sorted(self._plain.get(name, name) for name in self.bound & cells):
+            first.append(ast.Nonlocal(names=shared, **place))
+        first += self._bind_target()
+        # With an end of its own: one that Python adds would be taken for a part of the last statement.
+        body = [*first, *body, ast.Return(value=None, **place)]
+        names = sorted(self._plain.get(name, name) for name in cells)
+        inner = _function(self.name if self.name.isidentifier() else "block", [], body, place)
+        statements: list[ast.stmt] = [_function("factory", [*names, ENTERED, LOAD], [inner], place)]
+        if self.owner:
+            statements = [_class(self.owner, statements, place)]
+        code = self._compile(statements, 3 if self.owner else 2)
+        return code.replace(co_name=self.name, co_qualname=self.qualname)
+
+    def _bind_target(self) -> list[ast.stmt]:
+        """Return the statement that does what `as` does."""
+        target, place = self.node.items[self.item].optional_vars, self._place
+        if target is None:
+            return []
+        return [ast.Assign(targets=[target], value=ast.Name(ENTERED, ast.Load(), **place), **place)]
+
+    def _as_it_stands(self, code: CodeType) -> CodeType:
+        """Compile the body as it is written, in a function, class or module such as the one around it."""
+        place = self._place
+        later = self.node.items[self.item + 1 :]
+        body: list[ast.stmt] = list(self.node.body)
+        if later:
+            body = [ast.With(items=later, body=body, **place)]
+        # In a `with`, as it is: what follows a statement has a part in how Python lays out its instructions.
+        around = ast.withitem(context_expr=ast.Name(ENTERED, ast.Load(), **place), optional_vars=None)
+        body = [ast.With(items=[around], body=[*self._bind_target(), *body], **place)]
+        depth = 0
+        if self.is_function:
+            own = [name for name in (*code.co_varnames, *code.co_cellvars) if name.isidentifier()]
+            inner = [_function("uses", [], [_read_all(code.co_cellvars, place)], place)]
+            body = [_function("f", list(dict.fromkeys(own)), [*inner, *body, ast.Return(value=None, **place)], place)]
+            depth = 1
+        else:
+            body.append(_read_all((ENTERED,), place))  # an end of its own, as below
+            if self.is_class:
+                body = [_class(self.name, body, place)]
+                depth = 1
+        if depth:
+            body = [_function("outer", [name for name in code.co_freevars if name != "__class__"], body, place)]
+            depth += 1
+        if self.owner and not self.is_class:
+            body = [_class(self.owner, body, place)]
+            depth += 1
+        return self._compile(body, depth)
+
+    def _compile(self, statements: list[ast.stmt], depth: int) -> CodeType:
+        tree = ast.Module(body=statements, type_ignores=[])
+        code = compile(tree, self.filename, "exec", flags=self.flags, dont_inherit=True)
+        for _ in range(depth):
+            code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
+        return code
 
 
 def read_block(frame: FrameType) -> Block:
@@ -122,27 +232,75 @@ def read_block(frame: FrameType) -> Block:
 
 def _read(frame: FrameType) -> Block:
     code = frame.f_code
-    node, item = find_with(frame)
-    names = Names().scan(_parts(node, item))
-    for statement in names.unmovable:
-        word, way_out = next((v for kind, v in _UNMOVABLE.items() if isinstance(statement, kind)), ("async", "move it"))
-        line = getattr(statement, "lineno", node.lineno)
+    around = _compiled.of(code).get(None)
+    outer = around() if around is not None else None
+    if outer is not None:  # code compiled here: its source is at hand, whatever has become of the file
+        node, item = find_in(outer.node, frame)
+    else:
+        node, item = find_with(frame)
+    # A compiled body takes no arguments: what `super()` in it means is the first one of the function it was written in.
+    first = outer.first if outer is not None and not code.co_argcount else _first_argument(code)
+    block = Block(node, item, code, first, outer is not None)
+    if block.unmovable:
+        statement = block.unmovable[0]
+        word, way_out = _UNMOVABLE.get(type(statement), _ASYNC_COMPREHENSION)
         raise CaptureError(
-            f"`{word}` at {code.co_filename}:{line} cannot be used here: this block waits for its turn, so its body "
-            f"runs outside of the function it is written in. Instead {way_out}."
+            f"`{word}` at {code.co_filename}:{getattr(statement, 'lineno', node.lineno)} cannot be used here: this block "
+            f"waits for its turn, so its body runs outside of the function it is written in. Instead {way_out}."
         )
-    if differs(code, node, code.co_filename):
-        raise CaptureError(CHANGED.format(where=f"{code.co_filename}:{frame.f_lineno}"))
-    owner = owner_class(code)
-    is_function = bool(code.co_flags & 0x2)  # CO_NEWLOCALS: neither a module nor a class body
-    local = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    bound = frozenset(mangle(name, owner) for name in names.bound)
-    declared = names.globals | ({name for name in bound if name not in local} if is_function else set())
-    return Block(
-        node, item, code, owner, bound - frozenset(declared),
-        frozenset(mangle(name, owner) for name in names.loaded),
-        frozenset(mangle(name, owner) for name in names.deleted), frozenset(declared),
-    )  # fmt: skip
+    if outer is None:
+        block.check(code)
+    return block
+
+
+def _first_argument(code: CodeType) -> str:
+    return code.co_varnames[0] if code.co_argcount or code.co_flags & 0x4 else ""  # CO_VARARGS
+
+
+def _remember(code: CodeType, block: weakref.ref[Block]) -> None:
+    """Note that code, and the code of functions in it, was compiled from a block's source."""
+    _compiled.of(code)[None] = block
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            _remember(constant, block)
+
+
+def _owner_class(code: CodeType) -> str:
+    """Return the name of the innermost class around a function, for name mangling; '' when there is none."""
+    parts = code.co_qualname.split(".")
+    for inner, outer in zip(parts[::-1], parts[-2::-1], strict=False):
+        if outer != "<locals>" and inner != "<locals>":
+            return outer
+    return ""
+
+
+def _shared_names(code: CodeType, block: Block) -> frozenset[str]:
+    """Return the names whose one cell must be used: those that functions outside the block share with it.
+
+    A variable that such a function only reads, and the block does not bind, is taken at its value on entry: a loop's
+    turns stay apart.
+    """
+    if not code.co_cellvars and not code.co_freevars:
+        return frozenset()
+    live = block.names & frozenset(code.co_freevars)
+    first, last = block.node.lineno, block.node.end_lineno or block.node.lineno
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType) and not first <= inner.co_firstlineno <= last:
+            used = block.names & frozenset(inner.co_freevars) & frozenset(code.co_cellvars)
+            live |= {name for name in used if name in block.bound or _stores(inner, name)}
+    return live
+
+
+def _stores(code: CodeType, name: str) -> bool:
+    """Return whether a function, or one inside it, binds a variable of the function around it."""
+    import dis
+
+    if name not in code.co_freevars:
+        return False
+    number, binding = variables(code).index(name), (dis.opmap["STORE_DEREF"], dis.opmap["DELETE_DEREF"])
+    if any(op in binding and argument == number for op, argument in operations(code)):
+        return True
+    return any(_stores(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 def _target(node: ast.expr | None, owner: str) -> Any:
@@ -153,83 +311,25 @@ def _target(node: ast.expr | None, owner: str) -> Any:
     return None
 
 
-def _parts(node: ast.With, item: int) -> list[ast.AST | None]:
-    return [node.items[item].optional_vars, *node.items[item + 1 :], *node.body]
+def _read_all(names: Iterable[str], place: dict[str, Any]) -> ast.stmt:
+    """Return a statement that reads some names."""
+    read: list[ast.expr] = [ast.Name(name, ast.Load(), **place) for name in names if name.isidentifier() or name == ENTERED]
+    return ast.Expr(ast.Tuple(read, ast.Load(), **place), **place)
 
 
-class _Prepare(ast.NodeTransformer):
-    """Copies a body, marking loads of names that another block may bind, and keeping `super()` what it was."""
-
-    def __init__(self, marked: set[str], code: CodeType) -> None:
-        self._marked = marked
-        self._code = code
-
-    def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        """Return the statements prepared. Once one has certainly bound a name, later loads need no mark."""
-        prepared: list[ast.stmt] = []
-        for statement in statements:
-            found = self.visit(_copy(statement))
-            prepared += found if isinstance(found, list) else [found]
-            if isinstance(statement, ast.Assign | ast.AnnAssign | ast.Import | ast.FunctionDef | ast.ClassDef):
-                self._marked = self._marked - Names().scan([statement]).bound
-        return prepared
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        if isinstance(node.ctx, ast.Load) and node.id in self._marked:
-            return _at(node, _load(node.id))
-        return node
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AugAssign | list[ast.stmt]:
-        self.generic_visit(node)
-        if isinstance(node.target, ast.Name) and node.target.id in self._marked:
-            first = ast.Assign(targets=[ast.Name(node.target.id, ast.Store())], value=_load(node.target.id))
-            return [_at(node, first), node]
-        return node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
-        self.generic_visit(node)
-        if not isinstance(node.target, ast.Name):
-            return node
-        if node.value is None:
-            return _at(node, ast.Pass())
-        return _at(node, ast.Assign(targets=[node.target], value=node.value))
-
-    def visit_Call(self, node: ast.Call) -> ast.Call:
-        self.generic_visit(node)
-        if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords:
-            if self._code.co_varnames:
-                node.args = [ast.Name("__class__", ast.Load()), ast.Name(self._code.co_varnames[0], ast.Load())]
-                ast.fix_missing_locations(node)
-        return node
-
-    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> ast.AST:
-        inner = inner_names(node)
-        return self._within(node, inner.bound - inner.nonlocals | inner.globals)
-
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _function
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return self._within(node, Names().scan(node.body).bound)
-
-    def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> ast.AST:
-        return self._within(node, Names().scan([generator.target for generator in node.generators]).bound)
-
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
-
-    def _within(self, node: ast.AST, own: set[str]) -> ast.AST:
-        outer, self._marked = self._marked, self._marked - own
-        self.generic_visit(node)
-        self._marked = outer
-        return node
+def _function(name: str, arguments: list[str], body: list[ast.stmt], place: dict[str, Any]) -> ast.FunctionDef:
+    """Return the definition of a function with positional arguments."""
+    taken = [ast.arg(arg=argument, **place) for argument in arguments]
+    signature = ast.arguments(posonlyargs=[], args=taken, kwonlyargs=[], kw_defaults=[], defaults=[])
+    node = ast.FunctionDef(name=name, args=signature, body=body, decorator_list=[], returns=None, **place)
+    if sys.version_info >= (3, 12):
+        node.type_params = []
+    return node
 
 
-def _copy(node: ast.stmt) -> ast.stmt:
-    return copy.deepcopy(node)
-
-
-def _load(name: str) -> ast.expr:
-    return ast.Call(func=ast.Name(LOAD, ast.Load()), args=[ast.Constant(name)], keywords=[])
-
-
-def _at(place: ast.AST, node: ast.AST) -> ast.AST:
-    return ast.fix_missing_locations(ast.copy_location(node, place))
+def _class(name: str, body: list[ast.stmt], place: dict[str, Any]) -> ast.ClassDef:
+    """Return the definition of a class; names in it are mangled with its name."""
+    node = ast.ClassDef(name=name, bases=[], keywords=[], body=body, decorator_list=[], **place)
+    if sys.version_info >= (3, 12):
+        node.type_params = []
+    return node

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 
@@ -17,18 +17,20 @@ class Leaving:
     __slots__ = ("_frame", "_global", "_local", "_opcodes")
 
     def __init__(self, frame: FrameType) -> None:
-        self._frame = frame
+        self._frame: FrameType | None = frame
         self._global = sys.gettrace()
         self._local = frame.f_trace
         self._opcodes = frame.f_trace_opcodes
         frame.f_trace_opcodes = True
         frame.f_trace = _raise_leave
-        if self._global is None:
+        # A tracer written in C, such as that of coverage, would not look at `f_trace`.
+        if not isinstance(self._global, FunctionType | MethodType):
             sys.settrace(_ignore)
 
     def restore(self) -> None:
         """Put back what was there. Python drops the tracers when one of them raises, so both are set again."""
-        frame = self._frame
+        frame, self._frame = self._frame, None
+        assert frame is not None
         frame.f_trace_opcodes = self._opcodes
         sys.settrace(self._global)
         if self._local is not None:

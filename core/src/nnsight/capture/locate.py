@@ -45,6 +45,18 @@ def find_with(frame: FrameType) -> tuple[ast.With, int]:
     raise CaptureError(CHANGED.format(where=where))
 
 
+def find_in(around: ast.AST, frame: FrameType) -> tuple[ast.With, int]:
+    """Return the `with` statement, and the number of its item, that `frame` enters, in the source of its code."""
+    code = frame.f_code
+    span = _span(code, frame.f_lasti)
+    if span is not None:
+        for node in ast.walk(around):
+            item = _item(node, span, code, frame.f_lasti) if isinstance(node, ast.With) else None
+            if item is not None:
+                return node, item  # type: ignore[return-value]
+    raise AssertionError("code was compiled from source that it does not come from")
+
+
 def _span(code: CodeType, offset: int) -> Span | None:
     found = next(itertools.islice(code.co_positions(), offset // 2, None))
     return None if None in found else found  # type: ignore[return-value]

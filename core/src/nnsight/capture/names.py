@@ -19,6 +19,8 @@ class Names(ast.NodeVisitor):
         deleted: names that it deletes.
         globals: names declared global; `nonlocals`: names declared nonlocal.
         unmovable: statements that only work in the frame they were written in.
+        uses_super: whether `super()` is called in the scope itself.
+        has_annotations: whether a name of it is annotated.
     """
 
     def __init__(self) -> None:
@@ -28,6 +30,7 @@ class Names(ast.NodeVisitor):
         self.globals: set[str] = set()
         self.nonlocals: set[str] = set()
         self.unmovable: list[ast.AST] = []
+        self.uses_super = self.has_annotations = False
         self._loops = 0
 
     def scan(self, nodes: Iterable[ast.AST | None]) -> Names:
@@ -52,6 +55,11 @@ class Names(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
             self.loaded.add("__class__")
+            self.uses_super = not node.keywords
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.has_annotations = True
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
@@ -71,7 +79,7 @@ class Names(ast.NodeVisitor):
         self.bound.add(node.name)
         self.scan([*node.decorator_list, *node.bases, *node.keywords])
         inner = Names().scan(node.body)
-        self.loaded |= inner.loaded - inner.globals
+        self.loaded |= inner.loaded - inner.globals - {"__class__"}  # its methods mean the class itself
         self.bound |= inner.nonlocals
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
@@ -80,13 +88,14 @@ class Names(ast.NodeVisitor):
         for generator in node.generators:
             targets |= Names().scan([generator.target]).bound
             inner.scan([generator.iter, *generator.ifs])
-            if generator.is_async:
+            if generator.is_async and not isinstance(node, ast.GeneratorExp):
                 self.unmovable.append(node)
         results = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         inner.scan(results)
         self.loaded |= inner.loaded - targets
         self.bound |= inner.bound  # a walrus binds outside
         self.unmovable += inner.unmovable
+        self.uses_super |= inner.uses_super
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class PerCode(Generic[T]):
-    """Maps a code object and a key to a value for as long as the code object lives."""
+    """Maps a code object and a key to a value for as long as the code object lives; the value must not refer to it."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[CodeType], dict[Any, T]]] = {}
@@ -20,5 +20,11 @@ class PerCode(Generic[T]):
         key = id(code)  # code objects compare by content: equal code from two files is not the same code
         entry = self._known.get(key)
         if entry is None or entry[0]() is not code:
-            entry = self._known[key] = (weakref.ref(code, lambda _: self._known.pop(key, None)), {})
+            known = self._known
+
+            def forget(reference: weakref.ref[CodeType]) -> None:
+                if key in known and known[key][0] is reference:  # the place may be another code object's by now
+                    del known[key]
+
+            entry = known[key] = (weakref.ref(code, forget), {})
         return entry[1]

@@ -1,7 +1,8 @@
-"""Whether the source found is the source of the running code: both as bytecode, compared instruction by instruction.
+"""Whether the source found is the source of the running code: both as bytecode, instruction by instruction.
 
 How a name is stored (fast, cell, global) depends on the function around the block, so instructions are compared by
-what they do to which name or constant, and where. Statements that a test runner rewrites (`assert`) are passed over.
+what they do to which name or constant, in their order and at their place. Statements that a test runner rewrites
+(`assert`) are passed over.
 """
 
 from __future__ import annotations
@@ -9,134 +10,158 @@ from __future__ import annotations
 import ast
 import dis
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
 from types import CodeType
 from typing import Any
 
-_IGNORED = {
-    "CACHE", "RESUME", "NOP", "PUSH_NULL", "PRECALL", "MAKE_CELL", "COPY_FREE_VARS", "EXTENDED_ARG",
-    "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "LOAD_CLOSURE", "BUILD_TUPLE", "MAKE_FUNCTION",
-    "SET_FUNCTION_ATTRIBUTE", "COPY", "SWAP", "LOAD_FAST_AND_CLEAR", "RETURN_VALUE", "RETURN_CONST", "POP_TOP",
-}  # fmt: skip
-_NAMED = {f"{kind}_{where}" for kind in ("LOAD", "STORE", "DELETE") for where in ("NAME", "GLOBAL")}
-_trusted: set[int] = set()
-_kept: list[CodeType] = []
+Place = tuple[int, int]  # line, column
+Step = tuple[Any, ...]
 
-Step = tuple[int | None, int | None, str, Any]
-
-
-def trust(code: CodeType) -> None:
-    """Take code that was compiled from source that had been verified as verified."""
-    _trusted.add(id(code))
-    _kept.append(code)
+_IGNORED = (
+    "CACHE", "RESUME", "NOP", "PUSH_NULL", "PRECALL", "MAKE_CELL", "COPY_FREE_VARS", "JUMP_FORWARD", "JUMP_BACKWARD",
+    "JUMP_BACKWARD_NO_INTERRUPT", "COPY", "SWAP", "LOAD_FAST_AND_CLEAR", "RETURN_VALUE", "POP_TOP", "PRINT_EXPR",
+    "LOAD_LOCALS", "LOAD_CLOSURE",
+)  # fmt: skip
+_PRINT = 1  # the argument of CALL_INTRINSIC_1 that shows an expression at a prompt (3.12)
+_CLOSURE = 8  # the flag of MAKE_FUNCTION for a function with free variables
 
 
-def differs(code: CodeType, node: ast.With, filename: str) -> bool:
-    """Return whether the block in `code` at the place of `node` is something else than `node`."""
-    if id(code) in _trusted:
+def differs(running: CodeType, compiled: CodeType, parts: Sequence[ast.AST]) -> bool:
+    """Return whether running code does something else than compiled source, where the source has `parts`."""
+    places = [part.context_expr if isinstance(part, ast.withitem) else part for part in parts]
+    start = min((part.lineno, part.col_offset) for part in places)  # type: ignore[attr-defined]
+    end = max((part.end_lineno, part.end_col_offset) for part in places)  # type: ignore[attr-defined]
+    asserts: set[int] = set()
+    for part in parts:
+        for inner in ast.walk(part):
+            if isinstance(inner, ast.Assert):
+                asserts.update(range(inner.lineno, (inner.end_lineno or inner.lineno) + 1))
+    found, expected = _steps(running, start, end, asserts), _steps(compiled, start, end, asserts)
+    if found == expected:
         return False
-    first, last = node.lineno, node.end_lineno or node.lineno
-    asserts = {
-        line
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Assert)
-        for line in range(inner.lineno, (inner.end_lineno or inner.lineno) + 1)
-    }
-    compiled = _compile(code, node, filename)
-    running = [step for step in _steps(code, first, last, node.col_offset) if step[0] not in asserts]
-    expected = [step for step in _steps(compiled, first, last, node.col_offset) if step[0] not in asserts]
-    return sorted(map(repr, running)) != sorted(map(repr, expected))
+    if not expected or len(found) == len(expected) or len(found) % len(expected):
+        return True
+    # Python compiles a `finally` once for every way into it; the copies may be interleaved.
+    times = len(found) // len(expected)
+    return Counter(found) != Counter({step: count * times for step, count in Counter(expected).items()})
 
 
-def _compile(code: CodeType, node: ast.With, filename: str) -> CodeType:
-    """Compile the statement alone, with its names stored as the running code stores them."""
-    loop = ast.While(test=ast.Constant(value=True), body=[node], orelse=[])  # the block may `break` out of one
-    body: list[ast.stmt] = [loop]
-    depth = 0
-    if code.co_flags & 0x1:  # CO_OPTIMIZED: a function's code
-        own = [name for name in (*code.co_varnames, *code.co_cellvars) if name.isidentifier()]
-        kind = ast.AsyncFunctionDef if code.co_flags & 0x80 else ast.FunctionDef
-        body = [function_node("f", list(dict.fromkeys(own)), body, kind)]
-        body = [function_node("outer", [name for name in code.co_freevars if name != "__class__"], body)]
-        depth = 2
-    owner = owner_class(code)
-    if owner:
-        body = [class_node(owner, body)]
-        depth += 1
-    tree = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
-    found = compile(tree, filename, "exec", flags=code.co_flags & future_flags(), dont_inherit=True)
-    for _ in range(depth):
-        found = next(constant for constant in found.co_consts if isinstance(constant, CodeType))
+def operations(code: CodeType) -> Iterator[tuple[int, int]]:
+    """Yield opcode and argument of every instruction, caches included and `EXTENDED_ARG` folded in."""
+    raw, extended = code.co_code, 0
+    for index in range(0, len(raw), 2):
+        argument = extended << 8 | raw[index + 1]
+        extended = argument if raw[index] == dis.EXTENDED_ARG else 0
+        yield raw[index], argument
+
+
+def variables(code: CodeType) -> list[str]:
+    """Return the names of a code object's own variables, in the order in which instructions number them."""
+    own = code.co_varnames
+    return [*own, *(name for name in code.co_cellvars if name not in own), *code.co_freevars]
+
+
+def _steps(code: CodeType, start: Place, end: Place, asserts: set[int]) -> list[Step]:
+    """Return what the instructions between two places do, in a form that does not depend on how names are stored."""
+    found: list[Step] = []
+    kinds, local, is_closed = _kinds(), variables(code), False
+    first_cell = len(code.co_varnames)
+    for (op, argument), (line, last, column, last_column) in zip(operations(code), code.co_positions(), strict=True):
+        kind, what = kinds.get(op, (None, None))
+        if line is None or not start[0] <= line <= end[0] or line in asserts:
+            continue
+        if column is None or (line, column) < start or last is None or last_column is None or (last, last_column) > end:
+            continue
+        was_closed, is_closed = is_closed, op in _closures() and (
+            kind == "ignored" or argument >= first_cell or local[argument] in code.co_cellvars
+        )
+        if kind == "ignored" or op == dis.EXTENDED_ARG or is_closed or (was_closed and kind == "tuple"):
+            continue
+        if kind == "local":
+            found.append((line, what, local[argument]))
+        elif kind == "pair":
+            found += [(line, word, local[n]) for word, n in zip(what, (argument >> 4, argument & 15), strict=True)]
+        elif kind == "name":
+            found.append((line, what, code.co_names[argument]))
+            if code.co_names[argument] == "__static_attributes__":
+                del found[-2:]  # a set of names, in the order of this process's hashes
+        elif kind == "global":
+            found.append((line, what, code.co_names[argument >> 1]))
+        elif kind == "attribute":
+            found.append((line, column, what[0], code.co_names[argument >> what[1]]))
+        elif kind == "constant":
+            found += _constant(code, argument, (line, column, what), asserts)
+        elif kind == "jump":
+            found.append((line, column, what))
+        elif kind == "intrinsic" and argument == _PRINT:
+            continue
+        else:
+            flags = argument & ~_CLOSURE if kind == "function" else argument
+            if kind != "function attribute" or flags != _CLOSURE:
+                found.append((line, column, op, flags))
     return found
 
 
-def function_node(
-    name: str, arguments: list[str], body: list[ast.stmt],
-    kind: type[ast.FunctionDef] | type[ast.AsyncFunctionDef] = ast.FunctionDef,
-) -> ast.FunctionDef | ast.AsyncFunctionDef:  # fmt: skip
-    """Return the definition of a function with positional arguments."""
-    taken = [ast.arg(arg=argument) for argument in arguments]
-    signature = ast.arguments(posonlyargs=[], args=taken, kwonlyargs=[], kw_defaults=[], defaults=[])
-    node = kind(name=name, args=signature, body=body, decorator_list=[], returns=None)
-    if sys.version_info >= (3, 12):
-        node.type_params = []
-    return node
+def _constant(code: CodeType, index: int, step: Step, asserts: set[int]) -> list[Step]:
+    value = code.co_consts[index]
+    if isinstance(value, CodeType):
+        last = max((line for _, _, line in value.co_lines() if line), default=0)
+        return [(*step, value.co_name), *_steps(value, (0, 0), (last + 1, 0), asserts)]
+    if value == code.co_qualname or (step[2] == "RETURN" and value is None):
+        return []  # a class knows where it was defined; a function that ends returns None
+    return [(*step, _key(value))]
 
 
-def class_node(name: str, body: list[ast.stmt]) -> ast.ClassDef:
-    """Return the definition of a class; names in it are mangled with its name."""
-    node = ast.ClassDef(name=name, bases=[], keywords=[], body=body, decorator_list=[])
-    if sys.version_info >= (3, 12):
-        node.type_params = []
-    return node
+def _key(value: object) -> Any:
+    """Return what tells constants apart: 1, 1.0, True and -0.0 among them."""
+    if isinstance(value, tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, frozenset):
+        return "frozenset", sorted(map(repr, value))
+    return type(value).__name__, repr(value)
 
 
-def owner_class(code: CodeType) -> str:
-    """Return the name of the innermost class around a code object, for name mangling; '' when there is none."""
-    parts = code.co_qualname.split(".")
-    for inner, outer in zip(parts[::-1], parts[-2::-1], strict=False):
-        if outer != "<locals>" and inner != "<locals>":
-            return outer
-    return ""
+@cache
+def _closures() -> set[int]:
+    """Return the opcodes that load a cell itself, to make a function of it (a `LOAD_FAST` from 3.13 on)."""
+    return {dis.opmap["LOAD_CLOSURE" if sys.version_info < (3, 13) else "LOAD_FAST"]}
 
 
-def future_flags() -> int:
-    """Return the mask of the compiler flags that `from __future__` sets."""
-    import __future__
+@cache
+def _kinds() -> dict[int, tuple[str, Any]]:
+    """Return what is special about opcodes: how their argument is read, and what they are taken for."""
+    kinds: dict[int, tuple[str, Any]] = {}
+    for name, op in dis.opmap.items():
+        words = [word for word in name.split("_") if word in ("LOAD", "STORE", "DELETE")]
+        if name in _IGNORED:
+            kinds[op] = "ignored", None
+        elif len(words) == 2:
+            kinds[op] = "pair", words
+        elif op in dis.haslocal or op in dis.hasfree:
+            kinds[op] = "local", words[0] if words else name
+        elif name == "LOAD_GLOBAL":
+            kinds[op] = "global", "LOAD"
+        elif name.endswith(("_NAME", "_GLOBAL", "_OR_GLOBALS")) and words:
+            kinds[op] = "name", words[0]
+        elif op in dis.hasname:
+            kinds[op] = "attribute", _attribute(name)
+        elif op in dis.hasconst:
+            kinds[op] = "constant", "RETURN" if name == "RETURN_CONST" else "LOAD"
+        elif op in dis.hasjrel or op in dis.hasjabs:
+            kinds[op] = "jump", name.replace("_BACKWARD", "").replace("_FORWARD", "")
+    for name, kind in (
+        ("BUILD_TUPLE", "tuple"), ("MAKE_FUNCTION", "function"), ("SET_FUNCTION_ATTRIBUTE", "function attribute"),
+        ("CALL_INTRINSIC_1", "intrinsic"),
+    ):  # fmt: skip
+        if name in dis.opmap:
+            kinds[dis.opmap[name]] = kind, None
+    return kinds
 
-    mask = 0
-    for name in __future__.all_feature_names:
-        mask |= getattr(__future__, name).compiler_flag
-    return mask
 
-
-def _steps(code: CodeType, first: int, last: int, column: int) -> Iterator[Step]:
-    """Yield what the instructions of the given lines do, in a form that does not depend on how names are stored."""
-    for step in dis.get_instructions(code):
-        place = step.positions
-        if place is None or place.lineno is None or not first <= place.lineno <= last:
-            continue
-        if step.opname in _IGNORED or (place.lineno == first and (place.col_offset or 0) < column):
-            continue
-        value = step.argval
-        if isinstance(value, CodeType):
-            yield from _steps(value, first, last, 0)
-        elif step.opname == "LOAD_CONST" and value == code.co_qualname:
-            continue  # a class knows where it was defined
-        elif step.opcode in dis.haslocal or step.opcode in dis.hasfree or step.opname in _NAMED:
-            kinds = [part for part in step.opname.split("_") if part in ("LOAD", "STORE", "DELETE")]
-            names = value if isinstance(value, tuple) else (value,)
-            for kind, name in zip(kinds, names, strict=False):
-                yield place.lineno, None, kind, name
-        else:
-            yield place.lineno, place.col_offset, *_plain(step)
-
-
-def _plain(step: dis.Instruction) -> tuple[str, Any]:
-    """Return an instruction's kind and argument without what depends on where it stands."""
-    name = step.opname
-    if "JUMP" in name or name in ("FOR_ITER", "SEND"):
-        return name.replace("_BACKWARD", "").replace("_FORWARD", ""), None
-    if name == "LOAD_METHOD":
-        name = "LOAD_ATTR"  # which of the two depends on whether the module imports the name
-    return name, step.argrepr if name == "KW_NAMES" else step.argval
+def _attribute(name: str) -> tuple[str, int]:
+    """Return what an instruction on an attribute is taken for, and by how many flags its argument is shifted."""
+    if name in ("LOAD_METHOD", "LOAD_ATTR"):  # which of the two depends on whether the module imports the name
+        return "LOAD_ATTR", 1 if name == "LOAD_ATTR" and sys.version_info >= (3, 12) else 0
+    return name, 2 if name == "LOAD_SUPER_ATTR" else 0

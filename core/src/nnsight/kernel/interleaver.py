@@ -107,7 +107,10 @@ class Interleaver:
             if self.mediators:
                 self.start_blocks(self.mediators)
             result = self._function(*self.args, **self.kwargs)
-            self.visit(self.tree.result, result)
+            number = self.tree.result
+            self.counts[number] += 1
+            if number in self.waiting:
+                self.serve(number, result)
         except Unwind:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again where the block asked
@@ -194,9 +197,10 @@ class Interleaver:
             if self.counts[number] == entry.occurrence + 1:
                 del self.waiting[number]
                 entry.number = -1
-                entry.to_block()
+                pause = self.carrier.pause  # type: ignore[union-attr]  # what runs is carried
+                pause()
                 while entry.has_call and entry.answer_call():
-                    entry.to_block()
+                    pause()
                 if number in self.waiting or self.conditions:
                     self._serve_all(number)
         else:
@@ -292,6 +296,10 @@ class Interleaver:
         """Note what the module at whose input the model stands shall return."""
         self.skipped = (value,)
 
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
+
     def raise_error(self, again: bool = True) -> None:
         """Raise what the model raised, if it did.
 
@@ -306,6 +314,11 @@ class Interleaver:
             finally:
                 error.__context__ = context  # not what the block happens to be handling
                 del error
+
+    def hand_back(self) -> None:
+        """Let the inline block of this run go on. Called by the model."""
+        assert self.carrier is not None
+        self.carrier.pause()
 
     def finish(self) -> None:
         """Let the model run to its end. Called by an inline block that asks for nothing more."""

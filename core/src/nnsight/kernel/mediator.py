@@ -91,16 +91,54 @@ class Mediator:
         return f"opened at {frame.f_code.co_filename}:{self.line}" if frame is not None else "(closed)"
 
     def read(self, number: int) -> Any:
-        """Wait for a location and return its value; at one visit always the same object."""
-        return self._reach(number).value
+        """Wait for a location and return its value; at one visit always the same object.
+
+        This is the hot path: every request comes through here, and leaves the run standing at the location.
+        """
+        run = self.run
+        if run is None:
+            raise causes.block_is_over(self)
+        if self.first < 0:
+            self.first = number
+        counts = run.counts
+        seen = counts[number] if number < len(counts) else run.count(number)
+        step = self.step
+        if run.at == number and (step is None or seen == step + 1):
+            return run.value
+        if step is None:
+            step = seen
+        elif seen > step:
+            raise causes.out_of_order(run, number, step)
+        if run.is_over:
+            self._not_served(run, {number: step})
+        self.number, self.occurrence = number, step
+        waiting = run.waiting
+        if number in waiting or not run.is_held:
+            run.enqueue(self, number)
+        else:
+            waiting[number] = self
+        try:
+            self.to_model()
+        except BaseException:
+            self._withdraw(run)
+            raise
+        if self.number >= 0:
+            self._not_served(run, {number: step})
+        return run.value
 
     def write(self, number: int, value: Any) -> None:
         """Replace the value of a location, waiting for it unless the model stands there."""
-        self._reach(number).value = value
+        self.standing_at(number).value = value
 
     def skip(self, number: int, value: Any) -> None:
         """Let the module whose input has `number` return `value` without running."""
-        self._reach(number).skip(number, value)
+        self.standing_at(number).skip(number, value)
+
+    def standing_at(self, number: int) -> Interleaver:
+        """Wait for a location and return the run, which stands there."""
+        Mediator.read(self, number)
+        assert self.run is not None
+        return self.run
 
     def wait(self, wanted: dict[int, int]) -> int:
         """Wait until the run reaches any of several locations at its occurrence; return the number of that one."""
@@ -181,39 +219,6 @@ class Mediator:
         """Refer to nothing any more."""
         self.run = self.tree = self.frame = self.owner = self.wanted = self._pending_call = self.error = None
         self.to_model = self.to_block = _handed_nowhere
-
-    def _reach(self, number: int) -> Interleaver:
-        """Return the run standing at the wanted occurrence of a location. The hot path of every request."""
-        run = self.run
-        if run is None:
-            raise causes.block_is_over(self)
-        if self.first < 0:
-            self.first = number
-        counts = run.counts
-        seen = counts[number] if number < len(counts) else run.count(number)
-        step = self.step
-        if run.at == number and (step is None or seen == step + 1):
-            return run
-        if step is None:
-            step = seen
-        elif seen > step:
-            raise causes.out_of_order(run, number, step)
-        if run.is_over:
-            self._not_served(run, {number: step})
-        self.number, self.occurrence = number, step
-        waiting = run.waiting
-        if number in waiting or not run.is_held:
-            run.enqueue(self, number)
-        else:
-            waiting[number] = self
-        try:
-            self.to_model()
-        except BaseException:
-            self._withdraw(run)
-            raise
-        if self.number >= 0:
-            self._not_served(run, {number: step})
-        return run
 
     def _park(self, run: Interleaver, wanted: dict[int, int]) -> None:
         """Wait for any of several locations."""

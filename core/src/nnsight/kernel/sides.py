@@ -92,7 +92,9 @@ class GreenletCarrier:
         is_model: whether the model is carried: inference mode then is its own, else it is the driver's.
     """
 
-    __slots__ = ("_context", "_driver", "_is_model", "_job", "_lift", "_state", "_worker", "thread")
+    __slots__ = ("_context", "_driver", "_is_model", "_job", "_lift", "_state", "_worker", "pause", "thread")
+
+    pause: Callable[[], Any]  # the `switch` of the driver: no call of ours in between
 
     def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = _get_ident()
@@ -110,7 +112,7 @@ class GreenletCarrier:
             worker = self._start()
         driver = getcurrent()
         if driver is not self._driver:
-            self._driver = worker.parent = driver
+            self._drive(worker, driver)
         mine = probe()
         if mine is self._state and self._lift is None:
             worker.switch()
@@ -121,14 +123,16 @@ class GreenletCarrier:
         if now is not mine:
             self._take_back(mine, now)
 
-    def pause(self) -> None:
-        self._driver.switch()  # type: ignore[union-attr]  # a job that runs has been resumed by somebody
+    def _drive(self, worker: greenlet, driver: greenlet) -> None:
+        """Let the job hand back to another greenlet from now on."""
+        self._driver = worker.parent = driver
+        self.pause = driver.switch
 
     def unwind(self) -> None:
         worker = self._worker
         if worker is None or self._job is None or sys.is_finalizing():  # nobody can switch when Python ends
             return
-        self._driver = worker.parent = getcurrent()
+        self._drive(worker, getcurrent())
         self._switch_state(probe(), lambda: worker.throw(Unwind))
 
     def abandon(self) -> None:

@@ -21,7 +21,7 @@ Transform = Callable[[Any], Any]
 _containers: list[tuple[type, Callable[[Any, Transform], Any]]] = []
 
 NOT_ROWS = (
-    "`{where}` holds a tensor of shape {shape} whose rows are not those of the batch ({total} rows), so what one invoke "
+    "`{where}` holds a tensor of shape {shape} whose rows are not those of the batch ({total} rows), so what an invoke "
     "writes there would reach the others. Read it only, write it from an invoke without input (which has the whole "
     "batch), or let the model class declare its layout in `rows`."
 )

@@ -60,13 +60,16 @@ class CapturedMediator(Mediator):
         self._last: tuple[int, int, Any, Any] | None = None
         self._unsplit: list[Unsplit] = []
         self.carrier = make_carrier(self._work, block.context.copy(), block.state, is_model=False)
-        super().__init__(run, self.carrier.pause, self.carrier.resume, order)
+        super().__init__(run, self._pause, self.carrier.resume, order)
         self.line = block.scope.block.node.lineno
         self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)
 
     @property
     def where(self) -> str:
         return f"({self.block.what} at {self.block.where})" if self.block is not None else "(closed)"
+
+    def _pause(self) -> None:
+        self.carrier.pause()
 
     def take_down(self) -> None:
         self.carrier.unwind()
@@ -110,7 +113,7 @@ class CapturedMediator(Mediator):
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Any:
-        run = self._reach(number)
+        run = self.standing_at(number)
         batch = self.batch
         if batch is None:
             return run.value
@@ -122,7 +125,7 @@ class CapturedMediator(Mediator):
         return view
 
     def write(self, number: int, value: Any) -> None:
-        run = self._reach(number)
+        run = self.standing_at(number)
         if self.batch is not None:
             assert self.tree is not None
             last = self._last
@@ -133,7 +136,7 @@ class CapturedMediator(Mediator):
             run.value = value
 
     def skip(self, number: int, value: Any) -> None:
-        run = self._reach(number)
+        run = self.standing_at(number)
         if self.batch is None:
             run.skip(number, value)
         else:

@@ -146,6 +146,8 @@ class NNsight(Envoy):
 
     #: Whether a call without input is an error even where the traced method would accept it.
     requires_input = False
+    #: Whether the weights are loaded. A module that was given has them; classes that load lazily say when.
+    dispatched: Any = True
 
     def __init__(self, module: nn.Module) -> None:
         _check_module(module)
@@ -196,11 +198,6 @@ class NNsight(Envoy):
         if tensor.shape[0] != batch.joint.total:
             return None
         return slice(batch.start, batch.start + batch.size)
-
-    @property
-    def dispatched(self) -> bool:
-        """Whether the weights are loaded. Always, for a module that was given."""
-        return True
 
     def dispatch(self) -> None:
         """Load the weights if they are not yet. Called before the first run; classes that load lazily load here."""

@@ -46,9 +46,14 @@ class Tracer:
     """One run of a model and the block that takes part in it."""
 
     def __init__(
-        self, envoy: Envoy, method: str, function: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any],
+        self,
+        envoy: Envoy,
+        method: str,
+        function: Callable[..., Any] | str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         batched: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Keep what to run.
 
         Args:
@@ -91,7 +96,7 @@ class Tracer:
         run = self._run = self._make_run(root, function)
         run.args, run.kwargs = inputs.args, inputs.kwargs
         assert run.carrier is not None
-        mediator = self._mediator = Mediator(run, run.carrier.resume, run.carrier.pause, order=sys.maxsize)
+        mediator = self._mediator = Mediator(run, run.carrier.resume, run.hand_back, order=sys.maxsize)
         mediator.owner, mediator.frame, mediator.line = self, frame, frame.f_lineno
         self._frame = frame
         open_block(frame, mediator)
@@ -161,7 +166,8 @@ class Tracer:
         for mediator in run.mediators:
             if mediator.error is not None:
                 raise mediator.error
-        run.raise_error(again=False)
+        if run.has_failed:
+            run.raise_error(again=False)
 
     def _leave_to_its_thread(self, run: Interleaver, mediator: Mediator) -> None:
         """Close a block from a thread that is not its own, and say so."""
