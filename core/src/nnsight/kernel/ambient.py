@@ -3,7 +3,7 @@
 Grad mode, autocast (enabled, dtype, cache), the torch function and dispatch mode stacks, saved-tensor hooks, default
 device, CUDA device and stream. Process-wide settings are left alone, and contextvars travel with the greenlet.
 Inference mode is the model's: a scope that the block opened is lifted while the model runs, one that the model opened
-holds for the block too (its tensors could not be edited otherwise).
+is lent to the block (its tensors could not be edited otherwise).
 
 `probe` is called twice per switch. With nothing unusual set it returns the grad mode as a bool; anything else is a
 `Snapshot`.
@@ -11,6 +11,7 @@ holds for the block too (its tensors could not be edited otherwise).
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from threading import Thread
 from typing import Any
@@ -46,6 +47,7 @@ class Snapshot:
         "functions",
         "grad",
         "inference",
+        "is_lent",
         "saved_hooks",
     )
 
@@ -56,7 +58,9 @@ class Snapshot:
 
     def _read(self) -> None:
         self.grad = is_grad_enabled()
-        self.inference = is_inference_mode_enabled()
+        # Every inference scope switches forward-mode gradients off; where they are on, the mode is lent.
+        self.is_lent = is_inference_mode_enabled() and torch._C._is_fwd_grad_enabled()
+        self.inference = is_inference_mode_enabled() and not self.is_lent
         self.autocast = tuple(
             (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in _AUTOCAST_DEVICES
         )
@@ -102,20 +106,35 @@ def probe() -> State:
     return is_grad_enabled()
 
 
-def restore(wanted: State, now: State) -> None:
-    """Make `wanted` hold, given that `now` holds; inference mode is left as it is."""
+def inherited(state: State) -> State:
+    """Return what a model starts with where `state` holds: inference mode that is lent there is its own."""
+    if isinstance(state, bool) or not state.is_lent:
+        return state
+    own = copy.copy(state)
+    own.inference, own.is_lent = True, False
+    return own
+
+
+def restore(wanted: State, now: State, lend: bool = False) -> None:
+    """Make `wanted` hold, given that `now` holds.
+
+    Args:
+        wanted: the state of the side that goes on.
+        now: the state of the side that stops.
+        lend: whether `now` is the model's and `wanted` a block's, which then gets its inference mode.
+    """
     if isinstance(wanted, bool) and isinstance(now, bool):
         torch._C._set_grad_enabled(wanted)
         return
     # A plain state says that nothing but the grad mode is set: take both in full.
     target, current = _full(wanted), _full(now)
-    if target == current:
+    if target == current and not current.is_lent:
         return
     with torch._C.DisableTorchFunction():
-        _restore_full(target, current)
+        _restore_full(target, current, lend and current.inference and not target.inference)
 
 
-def _restore_full(target: Snapshot, current: Snapshot) -> None:
+def _restore_full(target: Snapshot, current: Snapshot, is_lent: bool) -> None:
     _restore_autocast(target, current)
     if not _same(target.functions, current.functions):
         _set_function_modes(target.functions)
@@ -127,15 +146,59 @@ def _restore_full(target: Snapshot, current: Snapshot) -> None:
     torch._GLOBAL_DEVICE_CONTEXT.device_context = target.device[1]
     if target.cuda != current.cuda and target.cuda is not None:
         _set_cuda_state(target.cuda)
+    _set_inference(target.inference or is_lent, is_lent)
     torch._C._set_grad_enabled(target.grad)
 
 
-def inference_scope(wanted: State, now: State) -> Any:
-    """Return a guard that gives inference mode as in `wanted` until it is dropped; None when it is so already."""
-    inference = isinstance(wanted, Snapshot) and wanted.inference
-    if inference is (isinstance(now, Snapshot) and now.inference):
-        return None
-    return torch._C._InferenceMode(inference)
+def lend(model: State) -> None:
+    """Give the calling block the inference mode of a model that runs in another thread, or take it back."""
+    wanted = isinstance(model, Snapshot) and model.inference
+    is_own = is_inference_mode_enabled() and not torch._C._is_fwd_grad_enabled()
+    if not is_own and wanted is not is_inference_mode_enabled():
+        with torch._C.DisableTorchFunction():  # the block's modes would see it
+            grad = is_grad_enabled()
+            _set_inference(wanted, wanted)
+            torch._C._set_grad_enabled(grad)
+
+
+def settle(began: State) -> None:
+    """End the lending of inference mode to a block that closes and had `began` when it opened.
+
+    A scope that the block opened while the mode was lent, and closed after the model had ended its own, puts it back.
+    """
+    if is_inference_mode_enabled() and not (isinstance(began, Snapshot) and began.is_lent):
+        lend(True)
+
+
+_scopes: list[Any] = []
+
+
+def _set_inference(value: bool, is_lent: bool) -> None:
+    """Set inference mode for good. torch only has scopes, whose end puts back all they found: they are kept."""
+    if is_inference_mode_enabled() is not value:
+        _scopes.append(torch._C._InferenceMode(value))
+        if len(_scopes) >= 1000:
+            spent = _scopes.copy()
+            _scopes.clear()
+            Thread(target=spent.clear).start()  # what they put back is that thread's
+    if value and torch._C._is_fwd_grad_enabled() is not is_lent:
+        torch._C._set_fwd_grad_enabled(is_lent)
+
+
+_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
+
+
+def process_state() -> list[Any]:
+    """Return what torch keeps for the whole process although it belongs to a side."""
+    return [_device.CURRENT_DEVICE, *(getattr(_python_dispatch, name) for name in _FLAGS)]
+
+
+def restore_process_state(state: list[Any]) -> None:
+    """Make what `process_state` returned hold again."""
+    _device.CURRENT_DEVICE = state[0]
+    for name, value in zip(_FLAGS, state[1:], strict=True):
+        setattr(_python_dispatch, name, value)
+    _publish_dispatch_flags()
 
 
 def _full(state: State) -> Snapshot:
@@ -143,7 +206,7 @@ def _full(state: State) -> Snapshot:
         return state
     plain = Snapshot.__new__(Snapshot)
     plain.grad = state
-    plain.inference = False
+    plain.inference = plain.is_lent = False
     plain.autocast = _default_autocast()
     plain.autocast_cache = True
     plain.functions = []
@@ -188,6 +251,16 @@ def _set_dispatch_modes(modes: list[Any]) -> None:
     # Python-side flags that a mode sets when entered and puts back when left: they must say what the stack says.
     _python_dispatch._is_in_torch_dispatch_mode = bool(modes)
     _python_dispatch._is_in_non_infra_torch_dispatch_mode = any(not mode.is_infra_mode() for mode in modes)
+    _python_dispatch._is_in_any_mode_without_ignore_compile_internals = any(
+        not getattr(mode, "ignore_compile_internals", bool)() for mode in modes
+    )
+    _publish_dispatch_flags()
+
+
+def _publish_dispatch_flags() -> None:
+    publish = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)  # torch >= 2.9
+    if publish is not None:
+        publish(_python_dispatch._is_in_any_mode_without_ignore_compile_internals)
 
 
 def _saved_hooks() -> list[tuple[Any, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -98,17 +99,22 @@ def clear_hint() -> None:
         _hint.set(None)
 
 
-def innermost() -> Block | None:
-    """Return the innermost open block of the calling code, of whatever model."""
+def open_here() -> Iterator[Block]:
+    """Yield the open blocks of the calling code, of whatever model, from the innermost outwards."""
     frame: FrameType | None = sys._getframe(1) if open_blocks else None
     while frame is not None:
-        blocks = open_blocks.get(frame)
-        if blocks is not None:
-            found: Block = blocks[-1]
-            return found
+        yield from reversed(open_blocks.get(frame, ()))
         frame = frame.f_back
-    hint: Block | None = _hint.get()
-    return hint if hint is not None and hint.is_open else None
+    hint: Any = _hint.get()
+    while hint is not None:
+        if hint.is_open:
+            yield hint
+        hint = hint.outer
+
+
+def innermost() -> Block | None:
+    """Return the innermost open block of the calling code."""
+    return next(open_here(), None)
 
 
 def find(tree: Tree, depth: int = 1, of_tracer: object = None) -> Mediator | None:

@@ -71,7 +71,7 @@ def _cause(run: Interleaver, number: int) -> str:
         return "The model was stopped before it returned."
     above_it = location.path.rpartition(".")[0]
     module, parent = _module(run, location.path), _module(run, above_it)
-    if module is None or not run.mirrors(module, number):
+    if module is None or run.number_of(module) is None:
         return f"There is no module `{location.path}` in the model any more: it was replaced or removed after wrapping."
     kind = type(module).__name__
     if kind in ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict"):

@@ -43,7 +43,10 @@ def make_controller(tree: Tree, number: int, call: Callable[..., Any]) -> Contro
         if run is None or run.tree is not tree or run.thread != get_ident():
             return call(*args, **kwargs)
         counts, waiting = run.counts, run.waiting
-        counts[number] += 1
+        try:
+            counts[number] += 1
+        except IndexError:  # the module was attached while the run was open
+            counts[number] = run.count(number) + 1
         if number in waiting:
             args, kwargs = run.serve(number, (args, kwargs))
             value = call(*args, **kwargs) if run.skipped is None else run.take_skipped(number)
@@ -60,13 +63,13 @@ def make_controller(tree: Tree, number: int, call: Callable[..., Any]) -> Contro
 class Instrumentation:
     """The controllers of one tree, and how many open runs need them."""
 
-    __slots__ = ("_chained", "_count", "_modules", "_slots", "tree")
+    __slots__ = ("_count", "_links", "_modules", "_slots", "tree")
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self._modules: list[tuple[nn.Module, int]] = []
         self._slots: list[tuple[dict[str, Any], Controller]] = []
-        self._chained: dict[int, _Link] = {}
+        self._links: list[_Link] = []
         self._count = 0
 
     def add(self, module: nn.Module, number: int) -> None:
@@ -76,10 +79,9 @@ class Instrumentation:
             if self._count:
                 self._install_new()
 
-    def has(self, module: nn.Module, number: int) -> bool:
-        """Return whether a location is the input or the output of this module, or belongs to no module."""
-        owners = [known for known, first in self._modules if first in (number, number - 1)]
-        return not owners or module in owners
+    def number_of(self, module: nn.Module) -> int | None:
+        """Return the number of a module's input; None for a module that runs do not see."""
+        return next((number for known, number in self._modules if known is module), None)
 
     def remove(self, modules: set[int]) -> None:
         """Forget the modules with these `id`s."""
@@ -89,8 +91,8 @@ class Instrumentation:
                 slot = self._slots[index] if index < len(self._slots) else None
                 if id(entry[0]) not in modules:
                     kept.append((entry, slot))
-                elif slot is not None and slot[0].get(SLOT) is slot[1]:
-                    del slot[0][SLOT]
+                elif slot is not None:
+                    _take_out(*slot)
             self._modules = [entry for entry, _ in kept]
             self._slots = [slot for _, slot in kept if slot is not None]
 
@@ -109,7 +111,7 @@ class Instrumentation:
                 _hold_eager()
                 for index, (slot, controller) in enumerate(self._slots):
                     if SLOT in slot:
-                        self._chain(index, slot)
+                        self._chain(*self._modules[index])
                     else:
                         slot[SLOT] = controller
                 if len(self._slots) != len(self._modules):
@@ -125,9 +127,13 @@ class Instrumentation:
             for slot, controller in self._slots:
                 if slot.get(SLOT) is controller:
                     del slot[SLOT]
-            for link in self._chained.values():
-                link.undo()
-            self._chained.clear()
+                else:
+                    _take_out(slot, controller)
+            for link in self._links:
+                assert link.controller is not None
+                _take_out(link.slot, link.controller, link.previous)
+                link.controller = None
+            self._links.clear()
             _release_eager()
 
     def _install_new(self) -> None:
@@ -137,44 +143,51 @@ class Instrumentation:
             controller = make_controller(self.tree, number, module._call_impl)
             self._slots.append((slot, controller))
             if SLOT in slot:
-                self._chain(index, slot)
+                self._chain(module, number)
             else:
                 slot[SLOT] = controller
 
-    def _chain(self, index: int, slot: dict[str, Any]) -> None:
+    def _chain(self, module: nn.Module, number: int) -> None:
         """Stand in front of what the slot holds: the module's own compiled call, or another tree's controller."""
-        if slot[SLOT] is None:
-            slot[SLOT] = self._slots[index][1]
-            return
-        link = self._chained[index] = _Link(slot)
-        link.controller = slot[SLOT] = make_controller(self.tree, self._modules[index][1], link.call_previous)
+        link = _Link(module)
+        link.controller = link.slot[SLOT] = make_controller(self.tree, number, link.call_previous)
         link.controller.link = link  # type: ignore[attr-defined]
+        self._links.append(link)
+
+
+_NOTHING: Any = object()
 
 
 class _Link:
     """What a chained controller runs inside. Links come out in any order, as in a linked list."""
 
-    __slots__ = ("controller", "previous", "slot")
+    __slots__ = ("_call", "controller", "previous", "slot")
 
-    def __init__(self, slot: dict[str, Any]) -> None:
-        self.slot = slot
-        self.previous: Controller = slot[SLOT]
+    def __init__(self, module: nn.Module) -> None:
+        self._call = module._call_impl
+        self.slot = module.__dict__
+        self.previous: Controller | None = self.slot[SLOT]
         self.controller: Controller | None = None
 
     def call_previous(self, *args: Any, **kwargs: Any) -> Any:
-        return self.previous(*args, **kwargs)
+        previous = self.previous
+        if previous is None or previous is _NOTHING:
+            return self._call(*args, **kwargs)
+        return previous(*args, **kwargs)
 
-    def undo(self) -> None:
-        found = self.slot.get(SLOT)
-        if found is self.controller:
-            self.slot[SLOT] = self.previous
+
+def _take_out(slot: dict[str, Any], controller: Controller, previous: Any = _NOTHING) -> None:
+    """Take a controller out of a slot, or out of the chain that it holds; what was there before takes its place."""
+    found = slot.get(SLOT)
+    if found is controller:
+        if previous is _NOTHING:
+            del slot[SLOT]
         else:
-            while (link := getattr(found, "link", None)) is not None:
-                if link.previous is self.controller:
-                    link.previous = self.previous
-                    break
-                found = link.previous
-        self.controller = None
+            slot[SLOT] = previous
+    while (link := getattr(found, "link", None)) is not None:
+        if link.previous is controller:
+            link.previous = previous
+        found = link.previous
 
 
 _eager_count = 0

@@ -18,7 +18,7 @@ from torch import nn
 
 from nnsight.errors import NotInTreeError, OrphanError
 from nnsight.kernel import display, growth
-from nnsight.kernel.blocks import find, open_blocks, require
+from nnsight.kernel.blocks import find, open_blocks, open_here, require
 from nnsight.kernel.controller import Instrumentation
 from nnsight.kernel.location import ROOT, Tree
 from nnsight.kernel.mediator import Mediator
@@ -55,19 +55,22 @@ class Envoy:
             blocks = open_blocks.get(_getframe(1))
             if blocks is not None and blocks[-1].tree is self._tree:  # what `_block` finds, for the common case
                 return blocks[-1].read(self._number + 1)
-            return self._block("output").read(self._number + 1)
+            block, number = self._seat("output")
+            return block.read(number + 1)
         except AttributeError as error:
             raise self._keep("output", error) from None
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._block("output").write(self._number + 1, value)
+        block, number = self._seat("output")
+        block.write(number + 1, value)
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as the module's caller passes them: `(args, kwargs)`. Only inside a block."""
         try:
-            found: tuple[tuple[Any, ...], dict[str, Any]] = self._block("inputs").read(self._number)
+            block, number = self._seat("inputs")
+            found: tuple[tuple[Any, ...], dict[str, Any]] = block.read(number)
             return found
         except AttributeError as error:
             raise self._keep("inputs", error) from None
@@ -82,13 +85,15 @@ class Envoy:
                 f"`{self._path}.inputs` takes (args, kwargs), a tuple and a dict; got {type(value).__name__}. To "
                 "replace the first argument only, assign to `.input`."
             ) from None
-        self._block("inputs").write(self._number, checked)
+        block, number = self._seat("inputs")
+        block.write(number, checked)
 
     @property
     def input(self) -> Any:
         """The first argument passed to the module, positional or by keyword. Only inside a block."""
         try:
-            args, kwargs = self._block("input").read(self._number)
+            block, number = self._seat("input")
+            args, kwargs = block.read(number)
         except AttributeError as error:
             raise self._keep("input", error) from None
         if args:
@@ -99,12 +104,12 @@ class Envoy:
 
     @input.setter
     def input(self, value: Any) -> None:
-        block = self._block("input")
-        args, kwargs = block.read(self._number)
+        block, number = self._seat("input")
+        args, kwargs = block.read(number)
         if args or not kwargs:
-            block.write(self._number, ((value, *args[1:]), kwargs))
+            block.write(number, ((value, *args[1:]), kwargs))
         else:
-            block.write(self._number, (args, {**kwargs, next(iter(kwargs)): value}))
+            block.write(number, (args, {**kwargs, next(iter(kwargs)): value}))
 
     # What the value is called where a model's own child is named `output` or `input` (0.6 programs).
     nns_output = output
@@ -117,7 +122,8 @@ class Envoy:
         Args:
             value: what the caller gets: a tensor, or whatever the module would have returned.
         """
-        self._block("skip").skip(self._number, value)
+        block, number = self._seat("skip")
+        block.skip(number, value)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Call the module, anywhere; inside a block its own visit is not touched.
@@ -128,15 +134,20 @@ class Envoy:
             **kwargs: for the module.
         """
         if hook:
-            return self._block("a hooked call").call(self._module, *args, **kwargs)
+            return self._seat("a hooked call")[0].call(self._module, *args, **kwargs)
         return self._module(*args, **kwargs)
 
-    def _block(self, port: str) -> Mediator:
+    def _seat(self, port: str) -> tuple[Mediator, int]:
+        """Return the block that a request belongs to, and the number that its run has for this module's input."""
         mediator = find(self._tree, 3)  # this frame, the property's and find's own are not the user's
         if mediator is not None:
-            return mediator
+            return mediator, self._number
+        for other in open_here():  # a module may have several wrappers: the one that is running counts
+            number = other.run.number_of(self._module) if isinstance(other, Mediator) and other.run else None
+            if number is not None:
+                return other, number  # type: ignore[return-value]
         self._find_root()
-        return require(self._tree, self._path, port)
+        return require(self._tree, self._path, port), self._number
 
     # -- the tree ------------------------------------------------------------------------------------------------
 

@@ -288,9 +288,9 @@ class Interleaver:
                 waiting[number] = rest if len(rest) > 1 else rest[0]
         mediator.wanted, mediator.number = None, -1
 
-    def mirrors(self, module: Any, number: int) -> bool:
-        """Return whether a location is one of this module, which may have been replaced in the model."""
-        return self._instrumentation.has(module, number)
+    def number_of(self, module: Any) -> int | None:
+        """Return the number of a module's input; None where the tree does not have the module (any more)."""
+        return self._instrumentation.number_of(module)
 
     def skip(self, number: int, value: Any) -> None:
         """Note what the module at whose input the model stands shall return."""

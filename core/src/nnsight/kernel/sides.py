@@ -8,6 +8,8 @@ safe (see `guard.py`).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -15,10 +17,11 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any, Protocol
 
+from greenlet import error as GreenletError  # noqa: N812 - it is a class
 from greenlet import getcurrent, greenlet
 
 from nnsight.kernel import guard
-from nnsight.kernel.ambient import State, inference_scope, probe, restore
+from nnsight.kernel.ambient import State, inherited, lend, probe, process_state, restore, restore_process_state
 
 Job = Callable[[], None]
 _get_ident = threading.get_ident
@@ -46,22 +49,38 @@ class Carrier(Protocol):
         """Leave the unwinding to the job's own thread."""
 
 
-class _Pool(threading.local):
-    """Idle workers of one thread. They refer to nothing; making one costs more than a trace may."""
+class _Idle:
+    """What one thread has left to do, and its idle workers. They refer to nothing; making one costs a trace."""
 
     def __init__(self) -> None:
-        self.idle: list[_Worker] = []
+        self.workers: list[_Worker] = []
+        self.abandoned: list[GreenletCarrier] = []
+
+    def take_down(self) -> None:
+        """Unwind what other threads have abandoned here."""
+        while self.abandoned:
+            self.abandoned.pop().unwind()
+
+    def __del__(self) -> None:
+        # The thread ends. Where it has ended before, nobody can do it any more.
+        with contextlib.suppress(ValueError, GreenletError):
+            self.take_down()
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.idle = _Idle()
 
 
 _POOL_SIZE = 64
-_pool = _Pool()
-_abandoned: dict[int, list[GreenletCarrier]] = {}
+_local = _Local()
 
 
 class _Worker(greenlet):
     """A greenlet that runs one job after another."""
 
     job: Job | None = None
+    home: _Idle | None = None  # where it goes when idle
 
     def run(self) -> None:
         while True:
@@ -74,9 +93,11 @@ class _Worker(greenlet):
             # An idle worker is parked in a switch, and so keeps alive whom it has handed back to. Only what refers to
             # nothing in its turn may be kept that way; to anybody else the worker hands back by ending.
             is_lasting = parent is not None and (parent.parent is None or isinstance(parent, _Worker))
-            if not is_lasting or len(_pool.idle) >= _POOL_SIZE:
+            home, self.home = self.home, None
+            if not is_lasting or home is None or len(home.workers) >= _POOL_SIZE:
                 return
-            _pool.idle.append(self)
+            home.workers.append(self)
+            del home
             assert parent is not None
             parent.switch()
             del parent
@@ -89,10 +110,10 @@ class GreenletCarrier:
         job: what to run.
         context: its contextvars.
         state: the ambient state that it starts with.
-        is_model: whether the model is carried: inference mode then is its own, else it is the driver's.
+        is_model: whether the model is carried, and not a block: inference mode is the model's on both sides.
     """
 
-    __slots__ = ("_context", "_driver", "_is_model", "_job", "_lift", "_state", "_worker", "pause", "thread")
+    __slots__ = ("_context", "_driver", "_is_model", "_job", "_state", "_worker", "pause", "thread")
 
     pause: Callable[[], Any]  # the `switch` of the driver: no call of ours in between
 
@@ -100,11 +121,10 @@ class GreenletCarrier:
         self.thread = _get_ident()
         self._job: Job | None = job
         self._context: Context | None = context
-        self._state = state
+        self._state = inherited(state) if is_model else state
         self._is_model = is_model
         self._worker: _Worker | None = None
         self._driver: greenlet | None = None
-        self._lift: Any = None
 
     def resume(self) -> None:
         worker = self._worker
@@ -114,14 +134,12 @@ class GreenletCarrier:
         if driver is not self._driver:
             self._drive(worker, driver)
         mine = probe()
-        if mine is self._state and self._lift is None:
-            worker.switch()
-        else:
-            self._switch_state(mine, worker.switch)
-            return
+        if mine is not self._state:
+            restore(self._state, mine, lend=not self._is_model)
+        worker.switch()
         now = self._state = probe()
         if now is not mine:
-            self._take_back(mine, now)
+            restore(mine, now, lend=self._is_model)
 
     def _drive(self, worker: greenlet, driver: greenlet) -> None:
         """Let the job hand back to another greenlet from now on."""
@@ -133,37 +151,22 @@ class GreenletCarrier:
         if worker is None or self._job is None or sys.is_finalizing():  # nobody can switch when Python ends
             return
         self._drive(worker, getcurrent())
-        self._switch_state(probe(), lambda: worker.throw(Unwind))
+        mine = probe()
+        restore(self._state, mine, lend=not self._is_model)
+        worker.throw(Unwind)
+        now = self._state = probe()
+        restore(mine, now, lend=self._is_model)
 
     def abandon(self) -> None:
-        if self._worker is not None and self._job is not None:
-            _abandoned.setdefault(self.thread, []).append(self)
-
-    def _switch_state(self, mine: State, switch: Callable[[], Any]) -> None:
-        """Switch with the job's ambient state in place of the driver's."""
-        self._lift = None  # where the job had opened an inference scope, it holds again
-        state = self._state
-        scope = inference_scope(state, mine) if self._is_model else None
-        restore(state, probe())
-        switch()
-        now = self._state = probe()
-        if scope is not None:
-            del scope
-            now = probe()
-        self._take_back(mine, now)
-
-    def _take_back(self, mine: State, now: State) -> None:
-        """Give the driver its ambient state back. An inference scope that a block left open is lifted meanwhile."""
-        if not self._is_model:
-            self._lift = inference_scope(mine, now)
-        restore(mine, probe())
+        if self._worker is not None and self._worker.home is not None:
+            home, self._worker.home = self._worker.home, None
+            home.abandoned.append(self)
 
     def _start(self) -> _Worker:
-        if _abandoned:
-            for carrier in _abandoned.pop(self.thread, ()):
-                carrier.unwind()
-        idle = _pool.idle
-        worker = self._worker = idle.pop() if idle else _Worker()
+        home = _local.idle
+        home.take_down()
+        worker = self._worker = home.workers.pop() if home.workers else _Worker()
+        worker.home = home
         worker.gr_context = self._context
         self._context = None
         worker.job = self._work
@@ -180,81 +183,94 @@ class GreenletCarrier:
 
 
 class ThreadCarrier:
-    """Runs a job in a thread of its own. Torch's ambient state is per thread, so only inference mode is passed on."""
+    """Runs a job in a thread of its own. Torch's ambient state is per thread but for inference mode, which is lent."""
 
     def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = 0
         self._job: Job | None = job
-        self._context = context
-        self._state = state
+        self._context: Context | None = context
+        self._state = inherited(state) if is_model else state
         self._is_model = is_model
+        self._model_state: State = True
+        self._process_state = process_state()
+        self._thread: threading.Thread | None = None
         self._job_turn = threading.Semaphore(0)
         self._driver_turn = threading.Semaphore(0)
         self._is_closing = False
-        self._scope: Any = None
         self._owner = _get_ident()
 
     def resume(self) -> None:
         _check_thread(self._owner if self._is_model else _get_ident())
-        self._scope = None
-        if self.thread:
-            self._job_turn.release()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        before = process_state()
+        if not self._is_model:
+            self._model_state = probe()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="nnsight-carrier", daemon=True)
+            self._thread.start()
         else:
-            self._start()
+            self._job_turn.release()
         try:
             self._driver_turn.acquire()
-        except BaseException:  # an interrupt: the job must not go on beside the driver
-            self._is_closing = True
-            self._driver_turn.acquire()
-            self.unwind()
-            raise
-        if self._is_model and self._job is not None:
-            self._scope = inference_scope(self._state, probe())
+        except BaseException as error:  # noqa: BLE001 - an interrupt: without threads it would come to the job
+            _raise_in(self._thread, type(error))
+            while not self._driver_turn.acquire(timeout=0.05) and self._thread.is_alive():
+                pass
+        if self._job is None:
+            self._thread.join()
+        restore_process_state(before)
+        if self._is_model:
+            lend(self._model_state)
 
     def pause(self) -> None:
         _check_thread(self.thread)
-        self._state = probe()
+        before = process_state()
+        if self._is_model:
+            self._model_state = probe()
         self._driver_turn.release()
         self._job_turn.acquire()
+        restore_process_state(before)
+        if not self._is_model:
+            lend(self._model_state)
         if self._is_closing:
             raise Unwind
 
     def unwind(self) -> None:
-        self._scope = None
-        if self.thread and self._job is not None:
+        if self._thread is not None and self._job is not None and not sys.is_finalizing():
             self._is_closing = True
-            self._job_turn.release()
-            self._driver_turn.acquire()
+            self._hand_over()
 
     def abandon(self) -> None:
         self.unwind()
 
-    def _start(self) -> None:
-        started = threading.Event()
+    def _work(self) -> None:
+        self.thread = _get_ident()
         context, job, state = self._context, self._job, self._state
-        assert job is not None
-        inference = probe() if not self._is_model else state
-
-        def work() -> None:
-            self.thread = _get_ident()
-            started.set()
-            scope = inference_scope(inference, probe())
-            restore(state, probe())
-            try:
-                context.run(job)
-            finally:
-                del scope
-                self._job = None
-                self._driver_turn.release()
-
-        threading.Thread(target=work, name="nnsight-carrier", daemon=True).start()
-        started.wait()
+        assert context is not None and job is not None
+        self._context = None
+        restore(state, probe())
+        restore_process_state(self._process_state)
+        if not self._is_model:
+            lend(self._model_state)
+        try:
+            context.run(job)
+        finally:
+            self._model_state = True
+            self._job = None
+            self._driver_turn.release()
 
 
 def _check_thread(owner: int) -> None:
     """Refuse what greenlets refuse by themselves: to hand over from a thread that has no part in it."""
     if _get_ident() != owner:
         raise RuntimeError("handed over from a thread that has no part in this run")
+
+
+def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
+    """Raise an exception in another thread, at its next step in Python."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(kind))
 
 
 def make_carrier(job: Job, context: Context, state: State, is_model: bool) -> Carrier:

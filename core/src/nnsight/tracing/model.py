@@ -124,7 +124,7 @@ class Envoy(kernel.Envoy):
         Args:
             step: how many steps later, 1 or more.
         """
-        self._block("next").advance(step)
+        self._seat("next")[0].advance(step)
         return self
 
     def _lookup(self, name: str) -> Any:

@@ -45,6 +45,12 @@ _RUNNING = (
 class Tracer:
     """One run of a model and the block that takes part in it."""
 
+    _run: Interleaver | None = None
+    _mediator: Mediator | None = None
+    _frame: FrameType | None = None
+    _invokes: Invokes | None = None
+    _announced: tuple[Interleaver, ...] = ()
+
     def __init__(
         self,
         envoy: Envoy,
@@ -70,11 +76,6 @@ class Tracer:
         self._function = function
         self._args, self._kwargs = args, kwargs
         self._batched = batched
-        self._run: Interleaver | None = None
-        self._mediator: Mediator | None = None
-        self._frame: FrameType | None = None
-        self._invokes: Invokes | None = None
-        self._announced: list[Interleaver] = []
 
     def __enter__(self) -> Self:
         envoy = self._envoy
@@ -108,7 +109,7 @@ class Tracer:
         """Run the model, after telling plugins."""
         run = current_run.get()
         assert run is not None
-        self._announced.append(run)
+        self._announced = (*self._announced, run)
         if hooks.run_started:
             hooks.run_started(run)
         return function(*args, **kwargs)
@@ -186,10 +187,11 @@ class Tracer:
             self._invokes.close()
         self._run = self._mediator = self._frame = self._envoy = self._function = self._invokes = None
         self._args, self._kwargs = (), {}
-        announced, self._announced = self._announced, []
-        if hooks.run_ended:
+        if self._announced:
+            announced, self._announced = self._announced, ()
             for ended in announced:
-                hooks.run_ended(ended, error)
+                if hooks.run_ended:
+                    hooks.run_ended(ended, error)
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
         """Add one input to the batch, with a block of its own: `with tracer.invoke(x):`.
