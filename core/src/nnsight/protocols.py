@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from types import CodeType
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +23,37 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None
+
+
+class Naming(Protocol):
+    """What gives the modules of a tree other names and envoys of other classes. It must not refer to the tree."""
+
+    def class_of(self, path: str, module: Any, default: type[Any]) -> type[Any]:
+        """Return the envoy class of the module at a path; called while the tree grows."""
+
+    def apply(self, root: Any) -> None:
+        """Give every envoy below a root its other names; called when the tree was built and when it has changed."""
+
+
+class PerCode(Generic[T]):
+    """A cache that belongs to code objects: by identity, never by file and line, and gone with the code.
+
+    The values must not refer to the code.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[CodeType], dict[Any, T]]] = {}
+
+    def of(self, code: CodeType) -> dict[Any, T]:
+        """Return the values kept for one code object, to be read and added to."""
+        key = id(code)  # code objects compare by content: equal code from two files is not the same code
+        entry = self._known.get(key)
+        if entry is None or entry[0]() is not code:
+            known = self._known
+
+            def forget(reference: weakref.ref[CodeType]) -> None:
+                if key in known and known[key][0] is reference:  # the place may be another code object's by now
+                    del known[key]
+
+            entry = known[key] = (weakref.ref(code, forget), {})
+        return entry[1]

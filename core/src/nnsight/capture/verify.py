@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dis
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from types import CodeType
@@ -41,11 +40,19 @@ def differs(running: CodeType, compiled: CodeType, parts: Sequence[ast.AST]) -> 
     found, expected = _steps(running, start, end, asserts), _steps(compiled, start, end, asserts)
     if found == expected:
         return False
-    if not expected or len(found) == len(expected) or len(found) % len(expected):
+    if not expected or len(found) % len(expected):
         return True
-    # Python compiles a `finally` once for every way into it; the copies may be interleaved.
+    # Where Python puts the rarely used parts of a statement depends on what is around it, and it compiles a `finally`
+    # once for every way into it. What it does with one line is done in order.
     times = len(found) // len(expected)
-    return Counter(found) != Counter({step: count * times for step, count in Counter(expected).items()})
+    return _by_line(found) != {line: steps * times for line, steps in _by_line(expected).items()}
+
+
+def _by_line(steps: list[Step]) -> dict[int, list[Step]]:
+    lines: dict[int, list[Step]] = {}
+    for step in steps:
+        lines.setdefault(step[0], []).append(step)
+    return lines
 
 
 def operations(code: CodeType) -> Iterator[tuple[int, int]]:
@@ -107,8 +114,7 @@ def _steps(code: CodeType, start: Place, end: Place, asserts: set[int]) -> list[
 def _constant(code: CodeType, index: int, step: Step, asserts: set[int]) -> list[Step]:
     value = code.co_consts[index]
     if isinstance(value, CodeType):
-        last = max((line for _, _, line in value.co_lines() if line), default=0)
-        return [(*step, value.co_name), *_steps(value, (0, 0), (last + 1, 0), asserts)]
+        return [(*step, value.co_name), *_steps(value, (0, 0), (sys.maxsize, 0), asserts)]
     if value == code.co_qualname or (step[2] == "RETURN" and value is None):
         return []  # a class knows where it was defined; a function that ends returns None
     return [(*step, _key(value))]

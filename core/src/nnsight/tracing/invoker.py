@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nnsight.capture.cells import Scope
 from nnsight.capture.compiler import read_block
 from nnsight.capture.leave import Leave, Leaving
+from nnsight.config import CONFIG
 from nnsight.tracing.captured import CapturedBlock
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Capture:
 
     def __enter__(self) -> Any:
         frame = sys._getframe(1)
-        scope = Scope(read_block(frame), frame, self._siblings())
+        scope = Scope(read_block(frame), frame, self._previous(frame))
         entered = self._bind(scope.block.target, self._entered())
         self._block = CapturedBlock(scope, entered, self.what)
         self._leaving = Leaving(frame)
@@ -47,9 +48,9 @@ class Capture:
             self._captured(block)
             return True
 
-    def _siblings(self) -> list[Scope]:
-        """Return the blocks before this one, whose names it may read."""
-        return []
+    def _previous(self, frame: FrameType) -> Scope | None:
+        """Return the block before this one in the same frame, whose names it may read."""
+        return None
 
     def _entered(self) -> Any:
         """Return what `as` binds."""
@@ -78,8 +79,11 @@ class Invoker(Capture):
         self._invokes = invokes
         self.inputs = inputs
 
-    def _siblings(self) -> list[Scope]:
-        return [block.scope for block, _ in self._invokes.entries]
+    def _previous(self, frame: FrameType) -> Scope | None:
+        if not CONFIG.APP.CROSS_INVOKER:
+            return None
+        scopes = (block.scope for block, _ in reversed(self._invokes.entries))
+        return next((scope for scope in scopes if scope.frame is frame), None)
 
     def _captured(self, block: CapturedBlock) -> None:
         self._invokes.entries.append((block, self.inputs))

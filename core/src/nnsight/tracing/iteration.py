@@ -107,7 +107,7 @@ class Iteration(Capture):
     def _captured(self, block: CapturedBlock) -> None:
         """Run the body of the block form once per step."""
         scope = block.scope
-        for step in self._loop(block.scope.block.code.co_filename, block.scope.block.node.lineno):
+        for step in self._loop(block.scope.block.filename, block.scope.block.node.lineno):
             scope.function(step, lambda sibling, name: None)()
         write_back([scope])
         scope.close()
