@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from nnsight.errors import BatchError
-from nnsight.kernel.interleaver import Deferred
+from nnsight.kernel.interleaver import Deferred, Interleaver
+from nnsight.kernel.mediator import Mediator
 
-Unsplit = tuple[torch.Tensor, int]  # a tensor handed out whole, and its version then
+#: A tensor handed out whole, its version then, and a copy of one that has no versions (made in inference mode).
+Unsplit = tuple[torch.Tensor, int, torch.Tensor | None]
 Transform = Callable[[Any], Any]
 _containers: list[tuple[type, Callable[[Any, Transform], Any]]] = []
+
+_CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range)
 
 NOT_ROWS = (
     "`{where}` holds a tensor of shape {shape} whose rows are not those of the batch ({total} rows), so what an invoke "
@@ -55,10 +60,45 @@ class Joint:
         self._tables = tables
         self._visit: tuple[int, int] | None = None
         self._copies: dict[int, torch.Tensor] = {}
+        self._watched: set[tuple[int, int]] = set()
+        self._without_rows: set[tuple[int, int]] = set()
+        self._kept: list[torch.Tensor] = []
 
     def is_table(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is (a view of) a parameter or buffer: then it has no rows of a batch."""
         return tensor.untyped_storage().data_ptr() in self._tables
+
+    def watch(self, run: Interleaver, number: int, occurrence: int) -> None:
+        """Find out whether a module whose output a block is about to ask for is given anything of the batch.
+
+        Args:
+            run: the run.
+            number: the location asked for.
+            occurrence: which visit of it.
+        """
+        key = (number, occurrence)
+        if key in self._watched or run.tree is None:
+            return
+        self._watched.add(key)
+        if run.tree[number].port == "output" and run.count(number - 1) <= occurrence:
+            Watch(run, number - 1, occurrence, self._note)
+
+    def _note(self, number: int, occurrence: int, given: Any) -> None:
+        """Note what a module was given: without rows of the batch in it, there are none in what the module returns."""
+        if not _may_hold_rows(given, self):
+            self._without_rows.add((number + 1, occurrence))
+
+    def meet(self, number: int, occurrence: int, value: Any) -> None:
+        """Take the tensors of a value for tables, if it is known that they have no rows of the batch."""
+        if (number, occurrence) in self._without_rows:
+            self._without_rows.remove((number, occurrence))
+            transform(value, self._keep)
+
+    def _keep(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            self._kept.append(leaf)  # for as long as its address is known as a table's
+            self._tables.add(leaf.untyped_storage().data_ptr())
+        return leaf
 
     def copy(self, tensor: torch.Tensor, visit: tuple[int, int]) -> torch.Tensor:
         """Return a copy of the joint tensor to write rows into: one per visit."""
@@ -98,8 +138,8 @@ class Batch:
                 return leaf
             rows = self.slice_of(leaf)
             if rows is None:
-                if leaf.ndim and not leaf.is_inference():
-                    unsplit.append((leaf, leaf._version))
+                is_versioned = not leaf.is_inference()
+                unsplit.append((leaf, leaf._version if is_versioned else 0, None if is_versioned else leaf.clone()))
                 return leaf
             return leaf[rows]
 
@@ -135,9 +175,15 @@ class Batch:
                 old = seen.get(key) if isinstance(seen, dict) else None
                 new[key] = self.splice(whole[key], part[key], old, visit, where)
             return new
-        if whole is None or isinstance(whole, bool | int | float | str):
-            if part == whole:
-                return whole
+        if dataclasses.is_dataclass(whole) and type(part) is type(whole):
+            new = copy.copy(whole)
+            for field in dataclasses.fields(whole):
+                name = field.name
+                value = self.splice(getattr(whole, name), getattr(part, name), getattr(seen, name, None), visit, where)
+                object.__setattr__(new, name, value)
+            return new
+        if (whole is None or isinstance(whole, bool | int | float | str)) and part == whole:
+            return whole
         raise BatchError(
             f"`{where}` holds a {type(whole).__name__}, which cannot be replaced for the rows of one invoke. Write it "
             "from an invoke without input, which has the whole batch."
@@ -168,6 +214,47 @@ class Batch:
 
 
 Rows = Callable[[torch.Tensor, Batch], slice | None]
+
+
+class Watch(Mediator):
+    """A seat without a block: sees what a module is given, after everybody else, and lets the model go on.
+
+    Args:
+        run: the run.
+        number: the module's input.
+        occurrence: which call of it.
+        note: called with the number, the occurrence and `(args, kwargs)`.
+    """
+
+    def __init__(self, run: Interleaver, number: int, occurrence: int, note: Callable[[int, int, Any], None]) -> None:
+        super().__init__(run, self._look, self._look, order=sys.maxsize)
+        self._note = note
+        self.number, self.occurrence = number, occurrence
+        if run.at == number:
+            self._look()
+        elif run.count(number) == occurrence:
+            run.enqueue(self, number)
+
+    def _look(self) -> None:
+        assert self.run is not None
+        self._note(self.served if self.number < 0 else self.number, self.occurrence, self.run.value)
+        self.close()
+
+
+def _may_hold_rows(value: Any, joint: Joint) -> bool:
+    """Return whether rows of the batch may be in a value: what it holds besides tensors and constants may have them."""
+    found: list[bool] = []
+
+    def look(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            is_without = leaf.ndim == 0 or joint.is_table(leaf)
+            found.append(not is_without and leaf.shape[0] % joint.total == 0)
+        else:
+            found.append(not isinstance(leaf, _CONSTANT))
+        return leaf
+
+    transform(value, look)
+    return any(found)
 
 
 class PartialSkip(Deferred):
@@ -208,17 +295,17 @@ def transform(value: Any, function: Transform) -> Any:
             new[key] = transform(item, function)
         return new
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
+        changed: Any = copy.copy(value)
         for field in dataclasses.fields(value):
-            object.__setattr__(new, field.name, transform(getattr(value, field.name), function))
-        return new
+            object.__setattr__(changed, field.name, transform(getattr(value, field.name), function))
+        return changed
     return function(value)
 
 
 def check_unsplit(unsplit: Sequence[Unsplit]) -> None:
     """Raise when a tensor that an invoke was given whole has been edited in place: that would reach the others."""
-    for tensor, version in unsplit:
-        if tensor._version != version:
+    for tensor, version, before in unsplit:
+        if tensor._version != version if before is None else not torch.equal(tensor, before):
             raise BatchError(
                 f"A tensor of shape {tuple(tensor.shape)} was edited in place by an invoke, but its rows are not those "
                 "of the batch: the edit has reached the other invokes. Clone it before editing, or edit it from an "

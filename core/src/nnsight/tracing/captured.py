@@ -69,6 +69,8 @@ class CapturedMediator(Mediator):
         return f"({self.block.what} at {self.block.where})" if self.block is not None else "(closed)"
 
     def _pause(self) -> None:
+        if self._unsplit:
+            self._check_unsplit()
         self.carrier.pause()
 
     def take_down(self) -> None:
@@ -113,10 +115,10 @@ class CapturedMediator(Mediator):
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def read(self, number: int) -> Any:
-        run = self.standing_at(number)
         batch = self.batch
         if batch is None:
-            return run.value
+            return super().read(number)
+        run = self._at_rows(number, batch)
         last, visit = self._last, run.counts[number]
         if last is not None and last[0] == number and last[1] == visit and last[2] is run.value:
             return last[3]
@@ -125,28 +127,32 @@ class CapturedMediator(Mediator):
         return view
 
     def write(self, number: int, value: Any) -> None:
-        run = self.standing_at(number)
-        if self.batch is not None:
-            assert self.tree is not None
-            last = self._last
-            seen = last[3] if last is not None and last[0] == number and last[2] is run.value else None
-            visit = (number, run.counts[number])
-            run.value = self.batch.splice(run.value, value, seen, visit, str(self.tree[number]))
-        else:
-            run.value = value
+        batch = self.batch
+        if batch is None:
+            super().write(number, value)
+            return
+        run = self._at_rows(number, batch)
+        assert self.tree is not None
+        last = self._last
+        seen = last[3] if last is not None and last[0] == number and last[2] is run.value else None
+        visit = (number, run.counts[number])
+        run.value = batch.splice(run.value, value, seen, visit, str(self.tree[number]))
 
     def skip(self, number: int, value: Any) -> None:
         run = self.standing_at(number)
-        if self.batch is None:
-            run.skip(number, value)
-        else:
+        if self.batch is not None:
             assert self.tree is not None
-            run.skip(number, self.batch.skip(value, run.skipped, self.tree[number].path))
+            value = self.batch.skip(value, run.skipped, self.tree[number].path)
+        run.skip(number, value)
 
-    def _park(self, run: Interleaver, wanted: dict[int, int]) -> None:
-        if self._unsplit:
-            self._check_unsplit()
-        super()._park(run, wanted)
+    def _at_rows(self, number: int, batch: Batch) -> Interleaver:
+        """Wait for a location, and find out what its value has to do with the batch."""
+        run, joint = self.run, batch.joint
+        if run is not None:
+            joint.watch(run, number, run.count(number) if self.step is None else self.step)
+        run = self.standing_at(number)
+        joint.meet(number, run.counts[number] - 1, run.value)
+        return run
 
     def _check_unsplit(self) -> None:
         unsplit, self._unsplit = self._unsplit, []

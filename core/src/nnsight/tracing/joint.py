@@ -109,9 +109,9 @@ class Invokes:
             run.mediators = [*run.mediators, mediator]
             try:
                 run.finish()
-                for mediator in run.mediators:
-                    if mediator.error is not None:
-                        raise mediator.error
+                for seat in run.mediators:
+                    if seat.error is not None:
+                        raise seat.error
                 run.raise_error(again=False)
             finally:
                 run.close()

@@ -139,9 +139,13 @@ class NNsight(Envoy):
 
     Args:
         module: the model. Wrapping changes nothing on it.
+        rename: other names for modules: name, dotted path (`*` for any one part) or class -> alias, or a list of them.
+        envoys: envoy classes for modules: class or path -> a subclass of `Envoy`; or one subclass for all.
+        strict_rename: whether a key of `rename` that matches nothing is an error.
 
     Raises:
         WrapError: it is no `nn.Module`, or one that cannot be looked into.
+        NamingError: two modules would have one name, or a key matches nothing and `strict_rename` is set.
     """
 
     #: Whether a call without input is an error even where the traced method would accept it.
@@ -149,14 +153,20 @@ class NNsight(Envoy):
     #: Whether the weights are loaded. A module that was given has them; classes that load lazily say when.
     dispatched: Any = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, rename: Any = None, envoys: Any = None, strict_rename: bool = False
+    ) -> None:
         _check_module(module)
+        if rename or envoys:
+            from nnsight import plugins  # lazy: names are given by a plugin
+
+            self._naming = plugins.resolve("nnsight.envoy", "rename").naming(rename, envoys, strict_rename)
         self._build(module)
         hooks.wrapped(self)
         saving.mount()
 
-    def _class_of(self, path: str, module: nn.Module) -> type[Envoy]:
-        return Envoy
+    def _class_of(self, path: str, module: nn.Module) -> type[kernel.Envoy]:
+        return Envoy if self._naming is None else self._naming.class_of(path, module, Envoy)
 
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Turn what the user gave a trace or an invoke into the arguments of the traced call.
@@ -277,6 +287,7 @@ def _is_mirror(name: str, value: object) -> bool:
         "_instrumentation",
         "edits",
         "_keeps_root",
+        "_aliases",
     )
     return name in kept or isinstance(value, kernel.Envoy)
 

@@ -51,7 +51,8 @@ class _Save:
     """The `save` attribute of a type that is not ours."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[[], Any]:
-        if instance is None or innermost() is None or not CONFIG.APP.PYMOUNT:
+        of_class = instance is None and owner is not type(None)  # None itself is an instance too
+        if of_class or innermost() is None or not CONFIG.APP.PYMOUNT:
             name = (owner or type(instance)).__name__
             raise AttributeError(f"{name!r} object has no attribute 'save'", name="save", obj=instance)
         return functools.partial(save, instance)
