@@ -1,3 +1,5 @@
+# Code as users write it, and as no tool would leave it.
+# ruff: noqa: E501, E701, E702, F821, B023, PLW0120, UP033
 """Taking bodies out of their frames: what a captured block runs, reads and binds, and what it refuses.
 
 Needs neither torch nor pytest, so that `test_capture_versions.py` can run it under interpreters that have no packages:
@@ -121,7 +123,7 @@ def test_body_runs_when_it_is_told_to_and_not_in_place():
 def test_body_on_the_line_of_its_with_does_not_run_in_place():
     ran = []
     held = Held()
-    with held: ran.append(1); ran.append(2)  # fmt: skip  # noqa: E701, E702
+    with held: ran.append(1); ran.append(2)  # fmt: skip
     assert ran == []
     held.run()
     assert ran == [1, 2]
@@ -241,7 +243,7 @@ def test_header_continued_with_backslashes():
 def test_every_item_of_a_header_may_be_captured():
     ran = []
     outer, inner = Held(), Held()
-    with outer, inner: ran.append("body")  # fmt: skip  # noqa: E701
+    with outer, inner: ran.append("body")  # fmt: skip
     assert ran == []
     outer()
     assert ran == []
@@ -257,7 +259,7 @@ def test_same_call_twice_in_one_header():
         made.append(Held())
         return made[-1]
 
-    with make(), make(): ran.append("body")  # fmt: skip  # noqa: E701
+    with make(), make(): ran.append("body")  # fmt: skip
     assert len(made) == 1
     made[0]()
     assert len(made) == 2
@@ -289,7 +291,7 @@ def test_nested_capture_inside_a_captured_body():
 
 def test_items_with_text_that_is_not_ascii():
     held, seen = Held(), {}
-    with contextlib.nullcontext("é→ü") as text, held, contextlib.nullcontext("日本") as more: seen["text"] = text, more  # fmt: skip  # noqa: E501, E701
+    with contextlib.nullcontext("é→ü") as text, held, contextlib.nullcontext("日本") as more: seen["text"] = text, more  # fmt: skip
     held.run()
     assert seen == {"text": ("é→ü", "日本")}
 
@@ -463,7 +465,7 @@ def test_name_of_an_except_clause_is_gone_afterwards():
     held.run()
     assert kept is ValueError
     with raises(NameError):
-        error  # noqa: F821
+        error
 
 
 def test_augmented_assignment_starts_from_the_frame_value():
@@ -500,7 +502,7 @@ def test_block_deletes_its_own_name():
     held.run()
     assert kept == 2
     with raises(NameError):
-        temporary  # noqa: B018
+        temporary
 
 
 def test_block_deletes_an_item():
@@ -601,7 +603,7 @@ def test_every_turn_of_a_loop_has_its_own_names():
         held = Held(*blocks)
         with held:
             double = i * 2
-            results.append(lambda: double)  # noqa: B023
+            results.append(lambda: double)
         blocks.append(held)
     for held in blocks:
         held()
@@ -695,7 +697,7 @@ def test_name_that_nobody_has_bound_is_a_name_error_that_says_so():
             value = 1
     second = Held(first)
     with second:
-        value  # noqa: B018
+        value
     first()
     with raises(NameError, "'value'", "no block before this one has bound it"):
         second()
@@ -786,7 +788,7 @@ def test_global_statement_reaches_the_module():
         counter += 1
         counter_two = counter
     held.run()
-    assert (counter, counter_two) == (1, 1)  # noqa: F821
+    assert (counter, counter_two) == (1, 1)
 
 
 def test_nonlocal_variable_is_the_one_of_the_function_around():
@@ -844,7 +846,7 @@ def test_variable_that_the_callers_functions_only_read_is_each_turns_own():
     for i in range(3):
 
         def get():
-            return i  # noqa: B023
+            return i
 
         held = Held()
         with held:
@@ -1218,7 +1220,9 @@ def test_file_edited_and_reloaded_runs_the_new_code():
 
 
 def test_other_names_operators_and_constants_are_noticed():
-    base = "def run(a=1, b=2):\n    held = Held()\n    with held:\n        {body}\n    held.run()\n    return locals()\n"
+    base = (
+        "def run(a=1, b=2):\n    held = Held()\n    with held:\n        {body}\n    held.run()\n    return locals()\n"
+    )
     bodies = ["c = a + b", "c = a - b", "c = b + a", "c = a + 1", "c = a.real", "c = a.imag", "d = a + b", "c = a(b)",
               "c = [a for _ in b]", "c = {a for _ in b}", "c = lambda: a", "c = lambda: b", "c = a if b else 1",
               "c = a == b", "c = a != b", "c = not a", "c = -a", "c = f'{a}'", "c = f'{a!r}'", "c = 1.0", "c = 1",
@@ -1269,7 +1273,9 @@ def test_generated_code_that_reuses_a_name_in_linecache():
     results = []
     for value in ("A", "B", "C"):
         namespace = {"Held": Held}
-        source = f"def run():\n    held = Held()\n    with held:\n        got = {value!r}\n    held.run()\n    return got\n"
+        source = (
+            f"def run():\n    held = Held()\n    with held:\n        got = {value!r}\n    held.run()\n    return got\n"
+        )
         cell(source, "<generated>", namespace)
         results += [namespace["run"](), namespace["run"]()]
     assert results == ["A", "A", "B", "B", "C", "C"]
@@ -1496,7 +1502,11 @@ def test_variable_deleted_in_the_same_function_is_freed():
 
 def test_code_that_is_gone_is_not_kept():
     namespace = {"Held": Held}
-    cell("def run():\n    held = Held()\n    with held:\n        x = [n for n in range(2)]\n    held.run()\n", "<gone>", namespace)
+    cell(
+        "def run():\n    held = Held()\n    with held:\n        x = [n for n in range(2)]\n    held.run()\n",
+        "<gone>",
+        namespace,
+    )
     namespace["run"]()
     reference = weakref.ref(namespace["run"].__code__)
     namespace.clear()
@@ -1541,7 +1551,7 @@ def test_call_that_a_with_enters_is_told_from_one_that_it_does_not():
         inside = Item()
     with contextlib.nullcontext(), Item() as second:
         pass
-    with contextlib.nullcontext(): one_line = Item()  # fmt: skip  # noqa: E701
+    with contextlib.nullcontext(): one_line = Item()  # fmt: skip
     assert direct.is_item
     assert second.is_item
     assert not plain.is_item

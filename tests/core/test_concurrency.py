@@ -397,7 +397,7 @@ def test_block_abandoned_before_its_thread_ends_is_let_go():
     opened, ready, closed = [], threading.Event(), threading.Event()
 
     def work():
-        opened.append(watched.held())
+        opened.append(watched.held())  # noqa: F821
         next(opened[0])
         ready.set()
         closed.wait()

@@ -131,3 +131,20 @@ def test_copies_are_those_of_the_call_then_of_the_configuration():
     assert copies_per_prompt({}, GenerationConfig(num_beams=4)) == {1, 4}
     assert copies_per_prompt({"num_beams": 2, "num_return_sequences": 2}, GenerationConfig(num_beams=4)) == {1, 2}
     assert copies_per_prompt({"generation_config": GenerationConfig(num_beams=5)}, None) == {1, 5}
+
+
+def test_an_invoke_sees_its_rows_of_the_cache(model, plain, tokenizer):
+    with model.trace(use_cache=True) as tracer:
+        with tracer.invoke("Hello there"):
+            first = model.output.past_key_values
+        with tracer.invoke(["Hello again", "Goodbye now"]):
+            second = model.output.past_key_values
+        with tracer.invoke():
+            whole = model.output.past_key_values
+    with torch.no_grad():
+        expected = plain(**tokenizer("Hello there", return_tensors="pt"), use_cache=True).past_key_values
+    length = expected.layers[3].keys.shape[2]  # the rest is padding, on the left
+    assert torch.allclose(first.layers[3].keys[:, :, -length:], expected.layers[3].keys, atol=1e-4)
+    assert second.layers[3].values.shape[0] == 2
+    assert whole.layers[3].values.shape[0] == 3
+    assert torch.equal(whole.layers[3].values[1:], second.layers[3].values)

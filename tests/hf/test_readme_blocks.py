@@ -93,6 +93,50 @@ with model.session() as session:
         hs2 = model.transformer.h[0].output[0].save()
 """
 
+GRADIENTS = """
+with model.trace("Hello"):
+    hs = model.transformer.h[-1].output[0]
+    hs.requires_grad_(True)
+
+    logits = model.lm_head.output
+    loss = logits.sum()
+
+    with loss.backward():
+        grad = hs.grad.save()
+
+print(grad.shape)
+"""
+
+SCANNING = """
+import nnsight
+
+with model.scan("Hello"):
+    dim = nnsight.save(model.transformer.h[0].output[0].shape[-1])
+
+print(dim)  # 768
+"""
+
+CACHING = """
+with model.trace("Hello") as tracer:
+    cache = tracer.cache()
+
+# Access cached values
+layer0_out = cache['model.transformer.h.0'].output
+print(cache.model.transformer.h[0].output[0].shape)
+"""
+
+SOURCE = """
+# Discover available operations
+print(model.transformer.h[0].attn.source)
+# Shows forward method with operation names like:
+#   attention_interface_0 -> 66  attn_output, attn_weights = attention_interface(...)
+#   self_c_proj_0         -> 79  attn_output = self.c_proj(attn_output)
+
+# Access operation values
+with model.trace("Hello"):
+    attn_out = model.transformer.h[0].attn.source.attention_interface_0.output.save()
+"""
+
 AFTER_AN_OPEN_LOOP = """
 with model.generate("Hello", max_new_tokens=3) as tracer:
     hidden = list().save()
@@ -220,3 +264,45 @@ def test_code_after_an_open_loop_runs(run, generated):
     assert len(names["hidden"]) == 3
     assert torch.equal(names["ids"], expected.sequences)
     assert torch.equal(names["result"], expected.sequences)
+
+
+def test_gradients(run, plain, tokenizer, capsys):
+    names = run(GRADIENTS)
+    seen = []
+
+    def keep(_module, _args, output):
+        output.retain_grad()
+        seen.append(output)
+
+    handle = plain.transformer.h[-1].register_forward_hook(keep)
+    plain(**tokenizer("Hello", return_tensors="pt")).logits.sum().backward()
+    handle.remove()
+    plain.zero_grad()
+    assert torch.allclose(names["grad"], seen[0].grad[0], atol=1e-5)
+    assert capsys.readouterr().out == f"{seen[0][0].shape}\n"
+
+
+def test_scanning(run, plain):
+    assert run(SCANNING)["dim"] == plain.config.n_embd
+
+
+def test_caching(run, plain, tokenizer, capsys):
+    names = run(CACHING)
+    with torch.no_grad():
+        expected = plain(**tokenizer("Hello", return_tensors="pt"), output_hidden_states=True).hidden_states[1]
+    assert torch.equal(names["layer0_out"], expected)
+    assert capsys.readouterr().out == f"{expected[0].shape}\n"
+
+
+def test_source(run, plain, tokenizer, capsys):
+    names = run(SOURCE)
+    printed = capsys.readouterr().out
+    assert "attention_interface_0" in printed
+    assert "self_c_proj_0" in printed
+    seen = []
+    handle = plain.transformer.h[0].attn.c_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        plain(**tokenizer("Hello", return_tensors="pt"))
+    handle.remove()
+    attended = names["attn_out"][0]
+    assert torch.equal(attended.reshape(*attended.shape[:-2], -1), seen[0])

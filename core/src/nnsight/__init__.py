@@ -13,18 +13,27 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nnsight._compat import Object as Object
+    from nnsight.builtin.cached import Cache as Cache
+    from nnsight.builtin.eproperty import eproperty as eproperty
     from nnsight.config import CONFIG as CONFIG
     from nnsight.errors import BatchError as BatchError
+    from nnsight.errors import CacheError as CacheError
+    from nnsight.errors import CacheFileError as CacheFileError
+    from nnsight.errors import CacheWarning as CacheWarning
     from nnsight.errors import CaptureError as CaptureError
     from nnsight.errors import ConfigError as ConfigError
     from nnsight.errors import ConfigWarning as ConfigWarning
     from nnsight.errors import DeadlockError as DeadlockError
+    from nnsight.errors import GradientError as GradientError
     from nnsight.errors import InputError as InputError
     from nnsight.errors import InvokeError as InvokeError
     from nnsight.errors import MissedProviderError as MissedProviderError
     from nnsight.errors import MissingPluginError as MissingPluginError
+    from nnsight.errors import NamingError as NamingError
     from nnsight.errors import NNsightError as NNsightError
+    from nnsight.errors import NoGraphError as NoGraphError
     from nnsight.errors import NoInputError as NoInputError
+    from nnsight.errors import NotCachedError as NotCachedError
     from nnsight.errors import NotInTreeError as NotInTreeError
     from nnsight.errors import OrphanError as OrphanError
     from nnsight.errors import OutOfOrderError as OutOfOrderError
@@ -33,15 +42,21 @@ if TYPE_CHECKING:
     from nnsight.errors import PluginDisabledError as PluginDisabledError
     from nnsight.errors import PluginError as PluginError
     from nnsight.errors import PluginWarning as PluginWarning
+    from nnsight.errors import ReadOnlyError as ReadOnlyError
+    from nnsight.errors import RecomputeError as RecomputeError
     from nnsight.errors import SaveError as SaveError
+    from nnsight.errors import ScanError as ScanError
     from nnsight.errors import TracerStateError as TracerStateError
     from nnsight.errors import UnknownPluginError as UnknownPluginError
     from nnsight.errors import WrapError as WrapError
     from nnsight.errors import WrongThreadError as WrongThreadError
     from nnsight.hookspecs import hookimpl as hookimpl
+    from nnsight.joint.containers import register_container as register_container
+    from nnsight.joint.invoker import Invoker as Invoker
+    from nnsight.kernel.controller import current_run as current_run
     from nnsight.kernel.interleaver import Interleaver as Interleaver
     from nnsight.kernel.mediator import Mediator as Mediator
-    from nnsight.tracing.invoker import Invoker as Invoker
+    from nnsight.kernel.places import Places as Places
     from nnsight.tracing.model import Envoy as Envoy
     from nnsight.tracing.model import NNsight as NNsight
     from nnsight.tracing.model import traceable as traceable
@@ -50,17 +65,24 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "nnsight._compat": ("Object",),
+    "nnsight.builtin.cached": ("Cache",),
+    "nnsight.builtin.eproperty": ("eproperty",),
     "nnsight.config": ("CONFIG",),
     "nnsight.errors": (
-        "BatchError", "CaptureError", "ConfigError", "ConfigWarning", "DeadlockError", "InputError", "InvokeError",
-        "MissedProviderError", "MissingPluginError", "NNsightError", "NoInputError", "NotInTreeError", "OrphanError",
-        "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError", "PluginError",
-        "PluginWarning", "SaveError", "TracerStateError", "UnknownPluginError", "WrapError", "WrongThreadError",
+        "BatchError", "CacheError", "CacheFileError", "CacheWarning", "CaptureError", "ConfigError", "ConfigWarning",
+        "DeadlockError", "GradientError", "InputError", "InvokeError", "MissedProviderError", "MissingPluginError",
+        "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",
+        "OrphanError", "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError",
+        "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "TracerStateError",
+        "UnknownPluginError", "WrapError", "WrongThreadError",
     ),
     "nnsight.hookspecs": ("hookimpl",),
+    "nnsight.kernel.controller": ("current_run",),
     "nnsight.kernel.interleaver": ("Interleaver",),
     "nnsight.kernel.mediator": ("Mediator",),
-    "nnsight.tracing.invoker": ("Invoker",),
+    "nnsight.kernel.places": ("Places",),
+    "nnsight.joint.containers": ("register_container",),
+    "nnsight.joint.invoker": ("Invoker",),
     "nnsight.tracing.model": ("Envoy", "NNsight", "traceable"),
     "nnsight.tracing.saving": ("save",),
     "nnsight.tracing.tracer": ("Tracer",),

@@ -101,3 +101,45 @@ class BatchError(InputError):
 
 class InvokeError(NNsightError, ValueError):
     """An invoke where none can be."""
+
+
+class NamingError(NNsightError, ValueError):
+    """A name given to a module cannot be: another has it, or nothing is there to be named."""
+
+
+class NotCachedError(NNsightError, KeyError, AttributeError):
+    """A cache holds nothing under this name."""
+
+    __str__ = Exception.__str__  # a KeyError would show the message in quotes
+
+
+class CacheError(NNsightError, ValueError):
+    """A cache was asked for one value where it holds several, or for something it cannot do."""
+
+
+class CacheFileError(NNsightError, OSError):
+    """A cache could not be written to a file, or read from one."""
+
+
+class CacheWarning(UserWarning):
+    """A cache does not hold everything that was asked for."""
+
+
+class ScanError(NNsightError, RuntimeError):
+    """A scan came to code that needs the values of tensors, where there are only shapes."""
+
+
+class ReadOnlyError(NNsightError, AttributeError):
+    """A view of a value has no inverse, so it can only be read."""
+
+
+class NoGraphError(NNsightError, NotImplementedError):
+    """Backward was traced from a tensor that no gradient can come from."""
+
+
+class GradientError(NNsightError, ValueError):
+    """A value cannot be the gradient of this tensor, or which part of a gradient is its own cannot be told."""
+
+
+class RecomputeError(NNsightError, RuntimeError):
+    """A checkpointed region cannot be computed again as blocks had changed it."""

@@ -14,7 +14,7 @@ class Barrier:
     """Lets `count` blocks of one trace meet. Calling it waits for the others; it can be used round after round."""
 
     def __init__(self, tracer: Tracer, count: int) -> None:
-        if count < 1:
+        if type(count) is not int or count < 1:
             raise InputError(f"A barrier is for a number of blocks, 1 or more, not {count!r}.")
         self._tracer = tracer
         self._count = count

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from nnsight.builtin.steps import iter_steps
 from nnsight.capture.cells import bind
-from nnsight.tracing.captured import CapturedBlock
-from nnsight.tracing.invoker import Capture
+from nnsight.joint.captured import CapturedBlock
+from nnsight.joint.invoker import Capture
 
 if TYPE_CHECKING:
+    from nnsight.joint.iteration import Iteration, Steps
     from nnsight.tracing.model import Envoy
+
+
+class KeptBlock(CapturedBlock):
+    """The block of an edit: it outlives the function it is written in, and does not keep the model that holds it.
+
+    Args:
+        block: what was captured.
+        edited: the envoy that was edited.
+    """
+
+    def __init__(self, block: CapturedBlock, edited: Envoy) -> None:
+        super().__init__(block.scope, None, block.what)
+        self.scope.outlive(edited.root)
+        self._unpacks = isinstance(block.entered, tuple)
+        self._edited = weakref.ref(edited)
+
+    def again(self) -> CapturedBlock:
+        edited = self._edited()
+        assert edited is not None
+        entered = (Edit(edited, inplace=True), edited) if self._unpacks else edited
+        return CapturedBlock(self.scope.again(), entered, self.what)
 
 
 class Edit(Capture):
@@ -34,8 +58,28 @@ class Edit(Capture):
         return (self, entered) if isinstance(target, list) else entered
 
     def _captured(self, block: CapturedBlock) -> None:
-        self._edited.root.edits.append(block)
         bind(block.scope, block.entered)
+        self._edited.root.edits.append(KeptBlock(block, self._edited))
+
+    # What a tracer has, for the block itself: `with model.edit() as (tracer, edited):`.
+
+    @property
+    def iter(self) -> Steps:
+        """The steps of the run that the edit takes part in: `for step in tracer.iter[:3]:`."""
+        return iter_steps(self._edited)
+
+    def all(self) -> Iteration:
+        """Every step of the run, as `tracer.iter[:]`."""
+        return self.iter[:]
+
+    def next(self, step: int = 1) -> Self:
+        """Let the requests that follow mean a step that is so many later."""
+        self._edited._seat("next")[0].advance(step)
+        return self
+
+    def stop(self) -> None:
+        """End the run here."""
+        self._edited._seat("stop")[0].stop()
 
     def clear(self) -> None:
         """Drop all edits of the edited model."""

@@ -6,6 +6,7 @@ import sys
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from nnsight.errors import TracerStateError
 from nnsight.kernel.blocks import PlainBlock, close_block, open_block
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class Session:
         self._block: PlainBlock | None = None
 
     def __enter__(self) -> Self:
+        if self._block is not None:
+            raise TracerStateError("This session is open already. Call `model.session()` again for one inside of it.")
         self._frame = sys._getframe(1)
         self._block = PlainBlock(self._frame)
         open_block(self._frame, self._block)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from types import CellType, FrameType, FunctionType
 from typing import Any
 
@@ -31,6 +32,9 @@ class Scope:
         reach: the names that this block and those before it bind.
     """
 
+    _owner: weakref.ref[Any] | None = None
+    _owned: Collection[str] = ()
+
     def __init__(self, block: Block, frame: FrameType, previous: Scope | None = None) -> None:
         self.block = block
         self.frame: FrameType | None = frame
@@ -47,7 +51,8 @@ class Scope:
         self._outer_load = _outer_load(frame) if block.is_nested else None
         marked = {name for name in block.exposed - live if name in shared or (name in bound and name in self._values)}
         if self._outer_load is not None:
-            marked |= {name for name in block.exposed & live if _content(self._live[name]) is _MISSING}
+            others = block.exposed & self._outer_load.names
+            marked |= {name for name in others if _content(self._live.get(name)) is _MISSING}
         self._marked = frozenset(marked - block.deleted)
         self._cells = self._fresh_cells()
 
@@ -72,7 +77,8 @@ class Scope:
         """
         cells, block = self._cells, self.block
         code = block.compile(block.variables if block.is_function else frozenset(cells), self._marked)
-        own = {ENTERED: entered, LOAD: self._loader(wait) if self._marked else None}
+        load = self._outer_load or Loader(self, self._marked, wait)
+        own = {ENTERED: entered, LOAD: load}
         closure = tuple(CellType(own[name]) if name in own else cells[name] for name in code.co_freevars)
         return FunctionType(code, self._globals, code.co_name, None, closure)
 
@@ -80,37 +86,30 @@ class Scope:
         """Return a scope with cells of its own and the same values at the start, to run the block once more."""
         new = Scope.__new__(Scope)
         new.__dict__.update(self.__dict__)
-        new._cells = self._fresh_cells()
+        if self._owner is not None:
+            new._values = {**self._values, **dict.fromkeys(self._owned, self._owner())}
+        new._cells = new._fresh_cells()
         return new
 
-    def detach(self) -> None:
-        """Let go of the frame: nothing will be written back."""
+    def outlive(self, owner: object) -> None:
+        """Let go of the frame, since nothing will be written back, and refer weakly to what will hold this scope."""
         self.frame = None
+        self._owned = {name for name, value in self._values.items() if value is owner}
+        self._owner = weakref.ref(owner)
+        self._values = {name: value for name, value in self._values.items() if name not in self._owned}
+        self._cells = {}
 
     def has(self, name: str) -> bool:
         """Return whether the block has bound a name."""
-        return _content(self._cells.get(name)) is not _MISSING
+        return self.content(name) is not _MISSING
 
-    def _loader(self, wait: Callable[[Scope, str], None]) -> Callable[[str], Any]:
-        if self._outer_load is not None:
-            return self._outer_load
-        cells, values, previous = self._cells, self._values, self.previous
+    def content(self, name: str) -> Any:
+        """Return what the block has bound a name to, or a value that stands for nothing."""
+        return _content(self._cells.get(name))
 
-        def load(name: str) -> Any:
-            found = _content(cells.get(name))
-            before = previous
-            while found is _MISSING and before is not None:
-                if name in before.block.bound:
-                    wait(before, name)
-                    found = _content(before._cells.get(name))
-                before = before.previous
-            if found is _MISSING:
-                found = values.get(name, _MISSING)
-            if found is _MISSING:
-                raise NameError(f"name {name!r} is not defined: no block before this one has bound it", name=name)
-            return found
-
-        return load
+    def initial(self, name: str) -> Any:
+        """Return the frame's value of a name, or a value that stands for nothing."""
+        return self._values.get(name, _MISSING)
 
     def bindings(self) -> tuple[dict[str, Any], set[str]]:
         """Return what the block has bound, and which names it has deleted."""
@@ -132,6 +131,36 @@ class Scope:
         self.previous = None
         self._outer_load = None
         self._cells, self._values, self._live = {}, {}, {}
+
+
+class Loader:
+    """Reads names that several may bind: the block itself, those before it, the frame.
+
+    Attributes:
+        names: the names that are read so.
+    """
+
+    __slots__ = ("_scope", "_wait", "names")
+
+    def __init__(self, scope: Scope, names: frozenset[str], wait: Callable[[Scope, str], None]) -> None:
+        self._scope = scope
+        self._wait = wait
+        self.names = names
+
+    def __call__(self, name: str) -> Any:
+        scope = self._scope
+        found = scope.content(name)
+        before = scope.previous
+        while found is _MISSING and before is not None:
+            if name in before.block.bound:
+                self._wait(before, name)
+                found = before.content(name)
+            before = before.previous
+        if found is _MISSING:
+            found = scope.initial(name)
+        if found is _MISSING:
+            raise NameError(f"name {name!r} is not defined: no block before this one has bound it", name=name)
+        return found
 
 
 def write_back(scopes: Sequence[Scope]) -> None:
@@ -198,9 +227,9 @@ def _check_deletions(block: Block, values: dict[str, Any]) -> None:
         )
 
 
-def _outer_load(frame: FrameType) -> Callable[[str], Any] | None:
-    """Return the function by which the captured block around this one reads names that others may bind."""
-    found: Callable[[str], Any] | None = _values(frame, frozenset({LOAD})).get(LOAD)
+def _outer_load(frame: FrameType) -> Loader | None:
+    """Return what the captured block around this one reads names with that others may bind."""
+    found: Loader | None = _values(frame, frozenset({LOAD})).get(LOAD)
     return found
 
 

@@ -1,8 +1,8 @@
 """Compiling the body of a block as a closure, with a cell for every name that is not global."""
 
 from __future__ import annotations
+import __future__ as future
 
-import __future__
 import ast
 import copy
 import functools
@@ -24,7 +24,7 @@ from nnsight.errors import CaptureError
 ENTERED = "@entered"
 
 _OPTIMIZED, _NEW_LOCALS = 0x1, 0x2  # code flags: both for functions, neither for modules and class bodies
-_FUTURE = functools.reduce(operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+_FUTURE = functools.reduce(operator.or_, (getattr(future, name).compiler_flag for name in future.all_feature_names))
 _ASYNC = "a plain `with model.trace(input):`, where it works"
 _UNMOVABLE: dict[type[ast.AST], tuple[str, str]] = {
     ast.Return: ("return", "bind the value to a name and return it after the block"),
@@ -129,12 +129,13 @@ class Block:
         Raises:
             CaptureError: they differ.
         """
-        # What will run is compared, so that most blocks are compiled once. Where that cannot be compared, or what is done
-        # with a name depends on how it is stored, the body is compiled once more, as it stands.
-        is_as_it_stands = self._is_rewritten or not self.is_function
-        if is_as_it_stands or differs(code, self.compile(self.variables, frozenset()), self.parts):
-            if differs(code, self._as_it_stands(code), self.parts):
-                raise CaptureError(CHANGED.format(where=self.where))
+        # What will run is compared, so that most blocks are compiled once. Where that cannot be compared, or what is
+        # done with a name depends on how it is stored, the body is compiled once more, as it stands.
+        is_comparable = self.is_function and not self._is_rewritten
+        if is_comparable and not differs(code, self.compile(self.variables, frozenset()), self.parts):
+            return
+        if differs(code, self._as_it_stands(code), self.parts):
+            raise CaptureError(CHANGED.format(where=self.where))
 
     def _mangled(self, names: set[str]) -> frozenset[str]:
         return frozenset(mangle(name, self.owner) for name in names) if self.owner else frozenset(names)
@@ -210,7 +211,7 @@ class Block:
 
     def _compile(self, statements: list[ast.stmt], depth: int) -> CodeType:
         tree = ast.Module(body=statements, type_ignores=[])
-        code = compile(tree, self.filename, "exec", flags=self.flags, dont_inherit=True)
+        code: CodeType = compile(tree, self.filename, "exec", flags=self.flags, dont_inherit=True)
         for _ in range(depth):
             code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
         return code
@@ -244,9 +245,10 @@ def _read(frame: FrameType) -> Block:
     if block.unmovable:
         statement = block.unmovable[0]
         word, way_out = _UNMOVABLE.get(type(statement), _ASYNC_COMPREHENSION)
+        line = getattr(statement, "lineno", node.lineno)
         raise CaptureError(
-            f"`{word}` at {code.co_filename}:{getattr(statement, 'lineno', node.lineno)} cannot be used here: this block "
-            f"waits for its turn, so its body runs outside of the function it is written in. Instead {way_out}."
+            f"`{word}` at {code.co_filename}:{line} cannot be used here: this block waits for its turn, so its body "
+            f"runs outside of the function it is written in. Instead {way_out}."
         )
     if outer is None:
         block.check(code)
@@ -313,7 +315,8 @@ def _target(node: ast.expr | None, owner: str) -> Any:
 
 def _read_all(names: Iterable[str], place: dict[str, Any]) -> ast.stmt:
     """Return a statement that reads some names."""
-    read: list[ast.expr] = [ast.Name(name, ast.Load(), **place) for name in names if name.isidentifier() or name == ENTERED]
+    usable = (name for name in names if name.isidentifier() or name == ENTERED)
+    read: list[ast.expr] = [ast.Name(name, ast.Load(), **place) for name in usable]
     return ast.Expr(ast.Tuple(read, ast.Load(), **place), **place)
 
 

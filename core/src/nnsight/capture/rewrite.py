@@ -69,7 +69,8 @@ class Prepare(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if isinstance(node.ctx, ast.Load) and node.id in self._marked:
-            return _at(node, _load(node.id))
+            marked: ast.expr = _at(node, _load(node.id))
+            return marked
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AugAssign | list[ast.stmt]:
@@ -83,9 +84,8 @@ class Prepare(ast.NodeTransformer):
         self.generic_visit(node)
         if not isinstance(node.target, ast.Name) or self._is_inside:
             return node
-        if node.value is None:
-            return _at(node, ast.Pass())
-        return _at(node, ast.Assign(targets=[node.target], value=node.value))
+        plain: ast.stmt = _at(node, ast.Assign(targets=[node.target], value=node.value) if node.value else ast.Pass())
+        return plain
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
@@ -116,17 +116,6 @@ class Prepare(ast.NodeTransformer):
         self.generic_visit(node)
         self._marked, self._is_inside = outer
         return node
-
-
-def _load(name: str) -> ast.expr:
-    return ast.Call(func=ast.Name(LOAD, ast.Load()), args=[ast.Constant(name)], keywords=[])
-
-
-def _at(place: ast.AST, node: Any) -> Any:
-    """Give a node, and what is in it, the place of another one where it has none."""
-    if not hasattr(node, "lineno"):
-        ast.copy_location(node, place)
-    return ast.fix_missing_locations(node)
 
 
 def _load(name: str) -> ast.expr:

@@ -24,6 +24,7 @@ _IGNORED = (
     "LOAD_LOCALS", "LOAD_CLOSURE",
 )  # fmt: skip
 _PRINT = 1  # the argument of CALL_INTRINSIC_1 that shows an expression at a prompt (3.12)
+_PLAIN: tuple[str, Any] = ("", None)
 _CLOSURE = 8  # the flag of MAKE_FUNCTION for a function with free variables
 
 
@@ -76,13 +77,14 @@ def _steps(code: CodeType, start: Place, end: Place, asserts: set[int]) -> list[
     kinds, local, is_closed = _kinds(), variables(code), False
     first_cell = len(code.co_varnames)
     for (op, argument), (line, last, column, last_column) in zip(operations(code), code.co_positions(), strict=True):
-        kind, what = kinds.get(op, (None, None))
+        kind, what = kinds.get(op, _PLAIN)
         if line is None or not start[0] <= line <= end[0] or line in asserts:
             continue
         if column is None or (line, column) < start or last is None or last_column is None or (last, last_column) > end:
             continue
-        was_closed, is_closed = is_closed, op in _closures() and (
-            kind == "ignored" or argument >= first_cell or local[argument] in code.co_cellvars
+        was_closed, is_closed = (
+            is_closed,
+            op in _closures() and (kind == "ignored" or argument >= first_cell or local[argument] in code.co_cellvars),
         )
         if kind == "ignored" or op == dis.EXTENDED_ARG or is_closed or (was_closed and kind == "tuple"):
             continue

@@ -62,7 +62,7 @@ def _cause(run: Interleaver, number: int) -> str:
     """Explain why a location was not reached."""
     assert run.tree is not None
     location = run.tree[number]
-    if run.counts[number]:
+    if run.count(number):
         return "The model made fewer passes over it than the block asked for."
     for path in run.skipped_paths:
         if location.path.startswith(f"{path}."):
@@ -70,6 +70,10 @@ def _cause(run: Interleaver, number: int) -> str:
     if location.port == "result":
         return "The model was stopped before it returned."
     above_it = location.path.rpartition(".")[0]
+    inside = run.tree.reservation(number)
+    if inside is not None:
+        around, explain = inside
+        return (explain(run, number) if run.counts[around] else "") or _cause(run, around)
     module, parent = _module(run, location.path), _module(run, above_it)
     if module is None or run.number_of(module) is None:
         return f"There is no module `{location.path}` in the model any more: it was replaced or removed after wrapping."

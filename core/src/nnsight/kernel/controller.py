@@ -63,20 +63,21 @@ def make_controller(tree: Tree, number: int, call: Callable[..., Any]) -> Contro
 class Instrumentation:
     """The controllers of one tree, and how many open runs need them."""
 
-    __slots__ = ("_count", "_links", "_modules", "_slots", "tree")
+    __slots__ = ("_holders", "_is_installed", "_links", "_modules", "_slots", "tree")
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self._modules: list[tuple[nn.Module, int]] = []
         self._slots: list[tuple[dict[str, Any], Controller]] = []
         self._links: list[_Link] = []
-        self._count = 0
+        self._holders: set[object] = set()
+        self._is_installed = False
 
     def add(self, module: nn.Module, number: int) -> None:
         """Let `module` be seen by runs, also by those that are open now."""
         with _lock:
             self._modules.append((module, number))
-            if self._count:
+            if self._holders:
                 self._install_new()
 
     def number_of(self, module: nn.Module) -> int | None:
@@ -99,15 +100,19 @@ class Instrumentation:
     def replace(self, modules: list[tuple[nn.Module, int]]) -> None:
         """Let runs see these modules and no others."""
         with _lock:
-            if self._count:
+            if self._holders:
                 raise TracerStateError("A model cannot be loaded or replaced while a trace of it is open.")
             self._modules = modules
             self._slots = []
 
-    def acquire(self) -> None:
-        """Count one more run; install for the first."""
+    def acquire(self, run: object) -> None:
+        """Hold the controllers in place for a run; install them for the first."""
         with _lock:
-            if self._count == 0:
+            self._holders.add(run)  # first: a run that is interrupted in what follows still releases
+            if len(self._holders) == 1:
+                if self._is_installed:  # the last to release was interrupted
+                    self._take_all_out()
+                self._is_installed = True
                 _hold_eager()
                 for index, (slot, controller) in enumerate(self._slots):
                     if SLOT in slot:
@@ -116,25 +121,30 @@ class Instrumentation:
                         slot[SLOT] = controller
                 if len(self._slots) != len(self._modules):
                     self._install_new()
-            self._count += 1
 
-    def release(self) -> None:
-        """Count one run less; put everything back after the last."""
+    def release(self, run: object) -> None:
+        """Hold them for a run no more; put everything back after the last."""
         with _lock:
-            self._count -= 1
-            if self._count:
+            if run not in self._holders:
                 return
-            for slot, controller in self._slots:
-                if slot.get(SLOT) is controller:
-                    del slot[SLOT]
-                else:
-                    _take_out(slot, controller)
-            for link in self._links:
-                assert link.controller is not None
-                _take_out(link.slot, link.controller, link.previous)
-                link.controller = None
-            self._links.clear()
-            _release_eager()
+            self._holders.discard(run)
+            if self._holders:
+                return
+            self._take_all_out()
+
+    def _take_all_out(self) -> None:
+        for slot, controller in self._slots:
+            if slot.get(SLOT) is controller:
+                del slot[SLOT]
+            else:
+                _take_out(slot, controller)
+        while self._links:
+            link = self._links[-1]
+            assert link.controller is not None
+            _take_out(link.slot, link.controller, link.previous)
+            self._links.pop().controller = None
+        self._is_installed = False
+        _release_eager()
 
     def _install_new(self) -> None:
         for index in range(len(self._slots), len(self._modules)):
@@ -172,7 +182,7 @@ class _Link:
     def call_previous(self, *args: Any, **kwargs: Any) -> Any:
         previous = self.previous
         if previous is None or previous is _NOTHING:
-            return self._call(*args, **kwargs)
+            return self._call(*args, **kwargs)  # type: ignore[no-untyped-call]
         return previous(*args, **kwargs)
 
 

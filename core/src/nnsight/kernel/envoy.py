@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from sys import _getframe
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -22,6 +23,7 @@ from nnsight.kernel.blocks import find, open_blocks, open_here, require
 from nnsight.kernel.controller import Instrumentation
 from nnsight.kernel.location import ROOT, Tree
 from nnsight.kernel.mediator import Mediator
+from nnsight.protocols import Naming
 
 ORPHAN = (
     "The model that `{path}` belongs to is gone: an envoy does not keep its root alive. Keep the wrapper in a variable "
@@ -40,6 +42,8 @@ class Envoy:
     _tree: Tree
     _number: int
     _children: dict[str, Envoy]
+    _aliases: Mapping[str, Envoy] = MappingProxyType({})
+    _naming: Naming | None = None
     _own: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -198,7 +202,7 @@ class Envoy:
     def named_modules(self) -> Iterator[tuple[str, Envoy]]:
         """Yield path and envoy of this module and all below it, each module once."""
         yield self._path, self
-        for name, child in self._children.items():
+        for name, child in list(growth.children(self).items()):
             if child._parent is not None and child._parent() is self and child._path == f"{self._path}.{name}":
                 yield from child.named_modules()
 
@@ -235,32 +239,32 @@ class Envoy:
     @overload
     def __getitem__(self, key: slice) -> list[Envoy]: ...
     def __getitem__(self, key: int | str | slice) -> Envoy | list[Envoy]:
-        children = self._children
-        if isinstance(key, str):
-            if key in children:
-                return children[key]
-            raise KeyError(f"`{self._path}` has no child {key!r}.{_nearest(key, children)}")
-        if isinstance(key, slice):
-            return list(children.values())[key]
-        child = children.get(str(key))
-        if child is not None:
+        child = self._children.get(name := str(key))
+        if child is not None and child._module is self._module._modules.get(name):
             return child
+        children = growth.children(self)
+        found = children.get(name) or self._aliases.get(name)
+        if found is not None:
+            return found
+        if isinstance(key, str):
+            raise KeyError(f"`{self._path}` has no child {key!r}.{_nearest(key, [*children, *self._aliases])}")
         try:
             return list(children.values())[key]
         except IndexError:
             raise IndexError(f"`{self._path}` has {len(children)} children, so there is no {key}.") from None
 
     def __iter__(self) -> Iterator[Envoy]:
-        return iter(self._children.values())
+        return iter(list(growth.children(self).values()))
 
     def __len__(self) -> int:
-        return len(self._children)
+        return len(growth.children(self))
 
     def __bool__(self) -> bool:
         return True
 
     def __contains__(self, name: object) -> bool:
-        return name in self._children or name in self._children.values()
+        children = growth.children(self)
+        return name in children or name in self._aliases or name in children.values()
 
     def __repr__(self) -> str:
         return display.show(self)
@@ -293,7 +297,7 @@ class Envoy:
                 return found
             raise NotInTreeError(
                 f"`{self._path}` ({type(module).__name__}) has neither a module nor an attribute {name!r}."
-                + _nearest(name, [*self._children, *(n for n in dir(module) if not n.startswith("_"))])
+                + _nearest(name, [*self._children, *self._aliases, *(n for n in dir(module) if not n.startswith("_"))])
             ) from None
 
     def _lookup(self, name: str) -> Any:
@@ -306,6 +310,8 @@ class Envoy:
             object.__setattr__(self, name, value)
         elif isinstance(value, Envoy):
             self.__setattr__(name, value._module)
+        elif name in self._aliases:
+            growth.assign(self._aliases[name], value)
         elif isinstance(value, nn.Module):
             setattr(module, name, value)
             growth.attach(self, name, value)
@@ -373,12 +379,6 @@ class Envoy:
         if root is None:
             raise OrphanError(ORPHAN.format(path=self._path))
         return root
-
-    def _label(self, name: str) -> str:
-        """Return how a child is shown: its name, and how to reach it where that is not the name."""
-        child = self._children[name]
-        label = name if name not in self._own else f"{name} -> .E_{name}"
-        return label if child._path == f"{self._path}.{name}" else f"{label} = {child._path}"
 
     def _keep(self, name: str, error: AttributeError) -> AttributeError:
         """Remember an AttributeError raised by a property, so that `__getattr__` raises it instead of its own."""

@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, TypeVar
 
 from nnsight.kernel.controller import Instrumentation
-from nnsight.kernel.location import ROOT, Tree
+from nnsight.kernel.location import ROOT, Location, Tree
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +26,7 @@ def build(envoy: Envoy, module: nn.Module) -> None:
     )  # fmt: skip
     envoy._instrumentation.add(module, envoy._number)
     _grow(envoy, envoy)
+    _name(envoy)
 
 
 def mount(envoy: Envoy, name: str, module: nn.Module, ends_steps: bool) -> Envoy:
@@ -47,6 +48,7 @@ def rebind(envoy: Envoy, module: nn.Module) -> None:
     root.__dict__["_envoys"] = envoys
     everyone = (root, *envoys.values())
     root._instrumentation.replace([(known._module, known._number) for known in everyone])
+    _name(root)
 
 
 def copy_wrapper(envoy: E) -> E:
@@ -62,10 +64,24 @@ def copy_wrapper(envoy: E) -> E:
         parent = copied._parent and copied._parent()
         copied.__dict__["_root"] = reference
         copied.__dict__["_parent"] = weakref.ref(copies[id(parent)]) if parent is not None else None
+    _name(new)
     found: E = copies[id(envoy)]  # type: ignore[assignment]
     if found is not new:
         found.__dict__["_keeps_root"] = new  # nobody else would
     return found
+
+
+def children(envoy: Envoy) -> dict[str, Envoy]:
+    """Return an envoy's children by name, after mirroring what was done to its module without us."""
+    mirrored, modules = envoy._children, envoy._module._modules
+    for name in list(mirrored):
+        if mirrored[name]._module is not modules.get(name):
+            detach(envoy, name)
+    if len(mirrored) != len(modules):
+        for name, module in modules.items():
+            if module is not None:
+                attach(envoy, name, module)
+    return envoy._children
 
 
 def attach(envoy: Envoy, name: str, module: nn.Module) -> Envoy:
@@ -79,9 +95,25 @@ def attach(envoy: Envoy, name: str, module: nn.Module) -> Envoy:
     known = root._envoys.get(id(module))
     if known is None or known._module is not module:
         known = _mirror(root, envoy, name, module)
+        _place(envoy, name, known)
         _grow(root, known)
-    _place(envoy, name, known)
+    else:
+        _place_known(root, envoy, name, known)
+    _order(envoy)
+    _name(root)
     return known
+
+
+def assign(envoy: Envoy, module: object) -> None:
+    """Put another module in the place of an envoy's own, wherever that is in the tree."""
+    parent, name = envoy.parent, envoy._path.rpartition(".")[2]
+    assert parent is not None
+    setattr(parent._module, name, module)
+    found = parent._module._modules.get(name)
+    if found is not None:
+        attach(parent, name, found)
+    else:
+        detach(parent, name)
 
 
 def detach(envoy: Envoy, name: str) -> None:
@@ -91,10 +123,67 @@ def detach(envoy: Envoy, name: str) -> None:
     envoy.__dict__.pop(name, None)
     envoy.__dict__.pop(f"E_{name}", None)
     still = {id(module) for module in root._module.modules()}
-    keys = {id(lost._module) for _, lost in gone.named_modules()} - still
+    below = _below(gone)
+    keys = {id(lost._module) for lost in below} - still
     for key in keys:
         root._envoys.pop(key, None)
     root._instrumentation.remove(keys)
+    for kept in below:
+        if id(kept._module) in still and not _is_home(root, kept):
+            _move_to_alias(root, kept)
+    _name(root)
+
+
+def _below(envoy: Envoy) -> list[Envoy]:
+    """Return an envoy and all that have their path through it."""
+    found = [envoy]
+    for name, child in envoy._children.items():
+        if child._path == f"{envoy._path}.{name}":
+            found += _below(child)
+    return found
+
+
+def _is_home(root: Envoy, envoy: Envoy) -> bool:
+    """Return whether an envoy is where its path says."""
+    parent = envoy.parent
+    if parent is None or not (parent is root or root._envoys.get(id(parent._module)) is parent):
+        return False
+    return parent._children.get(envoy._path.rpartition(".")[2]) is envoy
+
+
+def _move_to_alias(root: Envoy, envoy: Envoy) -> None:
+    for other in (root, *root._envoys.values()):
+        for name, child in other._children.items():
+            if child is envoy:
+                return _move(envoy, other, name)
+    return None  # nowhere yet: it moves when it is placed again
+
+
+def _move(envoy: Envoy, parent: Envoy, name: str) -> None:
+    """Give an envoy, and all that have their path through it, the path below another parent."""
+    home, path = envoy._path, f"{parent._path}.{name}"
+    envoy.__dict__.update(_path=path, _parent=weakref.ref(parent))
+    for number in (envoy._number, envoy._number + 1):
+        envoy._tree.locations[number] = Location(path, envoy._tree.locations[number].port)
+    for below, child in envoy._children.items():
+        if child._path == f"{home}.{below}":
+            _move(child, envoy, below)
+
+
+def _order(envoy: Envoy) -> None:
+    """Let the children stand in the order of the module's own."""
+    mirrored = envoy._children
+    order = [name for name in envoy._module._modules if name in mirrored]
+    if order != [*mirrored]:
+        known = dict(mirrored)
+        mirrored.clear()
+        mirrored.update((name, known[name]) for name in order)
+
+
+def _name(root: Envoy) -> None:
+    """Give modules their other names, where the model has such."""
+    if root._naming is not None:
+        root._naming.apply(root)
 
 
 def _mirror(root: Envoy, parent: Envoy, name: str, module: nn.Module) -> Envoy:
@@ -125,9 +214,11 @@ def _grow(root: Envoy, envoy: Envoy) -> None:
         child = root._envoys.get(id(module))
         if child is None:
             child = _mirror(root, envoy, name, module)
+            _place(envoy, name, child)
             if module._modules:
                 _grow(root, child)
-        _place(envoy, name, child)
+        else:
+            _place_known(root, envoy, name, child)
 
 
 def _copy(envoy: Envoy, originals: set[int], copies: dict[int, Envoy]) -> Envoy:
@@ -160,6 +251,14 @@ def _rebind(root: Envoy, envoy: Envoy, module: nn.Module, seen: set[int]) -> Non
     for name, new in module._modules.items():
         if new is not None and name not in envoy._children:
             attach(envoy, name, new)
+    _order(envoy)
+
+
+def _place_known(root: Envoy, parent: Envoy, name: str, child: Envoy) -> None:
+    """Place an envoy that exists: as an alias, or as its new home when it has lost the old one."""
+    _place(parent, name, child)
+    if not _is_home(root, child):
+        _move(child, parent, name)
 
 
 def _place(parent: Envoy, name: str, child: Envoy) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import clear_hint
 from nnsight.kernel.controller import Instrumentation, current_run
-from nnsight.kernel.sides import Carrier, Unwind, make_carrier
+from nnsight.kernel.sides import Carrier, ThreadCarrier, Unwind, make_carrier
 
 if TYPE_CHECKING:
     from nnsight.kernel.location import Tree
@@ -52,6 +52,7 @@ class Interleaver:
         conditions: blocks that wait for something that other blocks do: mediator, whether it is met, what it is.
         at: the location that the model stands at, -1 while it moves; `value` is the value there.
         thread: the thread that the model runs in.
+        closing: called when the run is closed; plugins take away with these what they put in place for it.
         skipped: a one-tuple with what the module being entered shall return instead of running, or None.
     """
 
@@ -61,6 +62,7 @@ class Interleaver:
     mediators: Sequence[Mediator] = ()
     conditions: Sequence[Condition] = ()
     skipped_paths: Sequence[str] = ()
+    closing: Sequence[Callable[[], None]] = ()
     at = -1
     value: Any = None
     thread = 0
@@ -69,6 +71,7 @@ class Interleaver:
     _error: BaseException | None = None
     _is_error_told = False
     _is_closing = False
+    _interrupt: BaseException | None = None
 
     def __init__(
         self,
@@ -94,7 +97,10 @@ class Interleaver:
         self.counts: list[int] = [0] * len(instrumentation.tree.locations)
         self.waiting: dict[int, Mediator | list[Mediator]] = {}
         context.run(_enter_model_side, self)
+        self._began_in = state
         self.carrier: Carrier | None = make_carrier(self._run, context, state, is_model=True)
+        if isinstance(self.carrier, ThreadCarrier):
+            self.carrier.on_interrupt = self._interrupt_model
 
     # -- the model side ------------------------------------------------------------------------------------------
 
@@ -120,6 +126,10 @@ class Interleaver:
             self.at, self.value = -1, None
             if self.mediators:
                 self._end_blocks()
+                # What a block has raised is told before what the model has: it may be what became of that.
+                raised = next((m.error for m in self.mediators if m.error is not None), None)
+                if raised is not None:
+                    self._error, self._is_error_told = raised, False
 
     def start_blocks(self, mediators: Sequence[Mediator]) -> None:
         """Run each of these captured blocks up to its first request."""
@@ -154,8 +164,9 @@ class Interleaver:
         """Let blocks go on whose conditions are met; then honour a stop."""
         while self.conditions and self._answer_condition():
             pass
-        if self.mediators and any(mediator.is_stopped for mediator in self.mediators):
-            raise Unwind
+        for mediator in self.mediators:
+            if mediator.is_stopped:
+                raise Unwind
 
     def _answer_condition(self) -> bool:
         for entry in self.conditions:
@@ -192,7 +203,7 @@ class Interleaver:
         before, value_before = self.at, self.value
         self.at, self.value = number, value
         entry = self.waiting[number]
-        if type(entry) is not list and not self.mediators and not self.conditions and entry.wanted is None:
+        if not isinstance(entry, list) and not self.mediators and not self.conditions and entry.wanted is None:
             # One inline block waits for this alone: what is below, without the loops.
             if self.counts[number] == entry.occurrence + 1:
                 del self.waiting[number]
@@ -231,17 +242,22 @@ class Interleaver:
 
     def _next(self, number: int, occurrence: int) -> Mediator | None:
         """Return the first block that waits for this visit, waiting no more."""
-        entry = self.waiting.get(number, ())
-        for mediator in entry if isinstance(entry, list | tuple) else (entry,):
-            wanted = mediator.occurrence if mediator.wanted is None else mediator.wanted[number]
+        entry = self.waiting.get(number)
+        if entry is None:
+            return None
+        for mediator in entry if type(entry) is list else (entry,):
+            wanted = mediator.occurrence if mediator.wanted is None else mediator.wanted[number]  # type: ignore[union-attr]
             if wanted == occurrence:
-                self.withdraw(mediator)
-                mediator.served = number
-                return mediator
+                self.withdraw(mediator)  # type: ignore[arg-type]
+                mediator.served = number  # type: ignore[union-attr]
+                return mediator  # type: ignore[return-value]
         return None
 
     def _unwind_again(self, value: Any) -> Any:
         """Raise `Unwind` in a model that swallowed it; let its `finally` blocks call modules."""
+        interrupt, self._interrupt = self._interrupt, None
+        if interrupt is not None:
+            raise interrupt
         error = sys.exception()
         while error is not None:
             if isinstance(error, Unwind):
@@ -262,8 +278,8 @@ class Interleaver:
 
     def start(self) -> None:
         """Put the instrumentation in place; the model starts when a block first hands over."""
-        self._instrumentation.acquire()
         self.is_held = True
+        self._instrumentation.acquire(self)
 
     def enqueue(self, mediator: Mediator, number: int) -> None:
         """Let a block wait for a location, behind those that were written before it."""
@@ -287,6 +303,11 @@ class Interleaver:
                 rest = [other for other in entry if other is not mediator]
                 waiting[number] = rest if len(rest) > 1 else rest[0]
         mediator.wanted, mediator.number = None, -1
+
+    @property
+    def instrumentation(self) -> Instrumentation:
+        """The controllers of the tree, for who has to hold them in place longer than the run."""
+        return self._instrumentation
 
     def number_of(self, module: Any) -> int | None:
         """Return the number of a module's input; None where the tree does not have the module (any more)."""
@@ -332,21 +353,32 @@ class Interleaver:
         """Take the model down where it stands."""
         self._is_closing = True
         self.waiting = _Everything()
-        if self.carrier is not None and self.is_running:
+        if self.carrier is not None:
             self.carrier.unwind()
+
+    def _interrupt_model(self, error: BaseException | None) -> BaseException | None:
+        """Raise an error in the model, which runs in another thread, at its next visit; return one not yet raised."""
+        pending, self._interrupt = self._interrupt, error
+        if error is not None:
+            self._is_closing, self.waiting = True, _Everything()
+        return pending
 
     def abandon(self) -> None:
         """Take the model down from a thread that is not its own: that thread will do it when it comes by."""
         self._is_closing = True
         self.waiting = _Everything()
-        if self.carrier is not None and self.is_running:
+        if self.carrier is not None:
             self.carrier.abandon()
 
     def close(self) -> None:
         """Release the instrumentation and refer to nothing any more."""
         if self.is_held:
             self.is_held = False
-            self._instrumentation.release()
+            self._instrumentation.release(self)
+            ambient.settle(self._began_in)
+        closing, self.closing = self.closing, ()
+        for leave in closing:
+            leave()
         self.is_running, self.is_over = False, True
         self.tree = self.carrier = self._function = self.module = self.value = self.skipped = None
         self._error = None

@@ -6,9 +6,15 @@ integer addition.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from nnsight.kernel.interleaver import Interleaver
 
 ROOT = "model"
+_lock = threading.Lock()  # threads that trace one model may number locations of it at once
 
 
 class Location(NamedTuple):
@@ -21,6 +27,10 @@ class Location(NamedTuple):
         return f"{self.path}.{self.port}" if self.port else self.path
 
 
+#: Says why a run did not reach a location, by its number; "" when there is nothing to say.
+Explain = Callable[["Interleaver", int], str]
+
+
 class Tree:
     """The numbering of all locations under one root. It refers to no module and no envoy.
 
@@ -30,11 +40,12 @@ class Tree:
         ends: the numbers of the locations at which no step can follow any more.
     """
 
-    __slots__ = ("__weakref__", "_numbers", "ends", "locations", "result")
+    __slots__ = ("__weakref__", "_numbers", "_reserved", "ends", "locations", "result")
 
     def __init__(self) -> None:
         self.locations: list[Location] = []
         self._numbers: dict[Location, int] = {}
+        self._reserved: dict[Hashable, tuple[range, int, Explain]] = {}
         self.result = self.number(ROOT, "result")
         self.ends = [self.result]
 
@@ -43,15 +54,45 @@ class Tree:
         location = Location(path, port)
         number = self._numbers.get(location)
         if number is None:
-            number = self._numbers[location] = len(self.locations)
-            self.locations.append(location)
+            with _lock:
+                number = self._numbers.setdefault(location, len(self.locations))
+                if number == len(self.locations):
+                    self.locations.append(location)
         return number
+
+    def reserve(self, key: Hashable, locations: Callable[[], list[Location]], around: int, explain: Explain) -> int:
+        """Number several locations in a row, when `key` is new; return the number of the first.
+
+        Args:
+            key: what they belong to.
+            locations: makes them.
+            around: the number of the input of the module they lie in.
+            explain: asked when one of them was not reached although that module was called.
+        """
+        known = self._reserved.get(key)
+        if known is None:
+            made = locations()
+            with _lock:
+                first = len(self.locations)
+                known = self._reserved.setdefault(key, (range(first, first + len(made)), around, explain))
+                if known[0].start == first:
+                    self.locations += made
+        return known[0].start
+
+    def reservation(self, number: int) -> tuple[int, Explain] | None:
+        """Return what `reserve` was told of a location: the module around it, and what explains why it was missed."""
+        return next(((around, why) for numbers, around, why in self._reserved.values() if number in numbers), None)
 
     def add_module(self, path: str) -> int:
         """Number the input of a module; its output has the number after it."""
-        first = len(self.locations)
-        self.locations += (Location(path, "input"), Location(path, "output"))
+        with _lock:
+            first = len(self.locations)
+            self.locations += (Location(path, "input"), Location(path, "output"))
         return first
+
+    def is_end(self, number: int) -> bool:
+        """Return whether a location comes once, when no step can follow any more."""
+        return number in self.ends or (number - 1 in self.ends and self.locations[number].port == "output")
 
     def __getitem__(self, number: int) -> Location:
         return self.locations[number]

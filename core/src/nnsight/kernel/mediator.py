@@ -42,6 +42,7 @@ class Mediator:
         to_block: lets the block go on, and returns when it has handed back. Called by the model.
         thread: the thread that the block's code runs in.
         step: the occurrence that requests mean; None for the next one not yet passed.
+        passed: the last step of a loop over steps, which `next` counts from after it.
         number: the location that the block is parked for, at its `occurrence`; -1 for none.
         wanted: location number -> occurrence, where it is parked for any of several.
         served: the number of the location that it was last served with, -1 for none.
@@ -56,6 +57,7 @@ class Mediator:
 
     # What few blocks ever change is kept on the class: making a mediator is a part of every trace.
     step: int | None = 0
+    passed = 0
     wanted: dict[int, int] | None = None
     number = -1
     occurrence = 0
@@ -103,7 +105,11 @@ class Mediator:
         counts = run.counts
         seen = counts[number] if number < len(counts) else run.count(number)
         step = self.step
+        if step and run.tree is not None and run.tree.is_end(number):
+            step = 0  # there is one, at whatever step it is asked for
         if run.at == number and (step is None or seen == step + 1):
+            if _get_ident() != self.thread:
+                raise wrong_thread("A value", self)
             return run.value
         if step is None:
             step = seen
@@ -122,7 +128,7 @@ class Mediator:
         except BaseException:
             self._withdraw(run)
             raise
-        if self.number >= 0:
+        if run.at != number:
             self._not_served(run, {number: step})
         return run.value
 
@@ -145,6 +151,8 @@ class Mediator:
         run = self.run
         if run is None:
             raise causes.block_is_over(self)
+        if _get_ident() != self.thread:
+            raise wrong_thread("A value", self)
         for number, occurrence in wanted.items():
             if run.at == number and run.count(number) == occurrence + 1:
                 return number
@@ -173,6 +181,8 @@ class Mediator:
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` on the model side, where the modules it calls are visited like the model's own."""
         run = self.run
+        if _get_ident() != self.thread:
+            raise wrong_thread("A hooked call", self)
         if run is None or not run.is_running:
             return function(*args, **kwargs)
         reply: list[Any] = []
@@ -192,9 +202,9 @@ class Mediator:
 
     def advance(self, count: int) -> None:
         """Let requests mean an occurrence that is `count` later."""
-        if count < 1:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:  # type: ignore[redundant-expr]
             raise InputError(f"A block can only go on to later steps: `next` takes 1 or more, not {count!r}.")
-        self.step = (self.step or 0) + count
+        self.step = (self.passed if self.step is None else self.step) + count
 
     def save(self, value: Any) -> None:
         """Mark a value as one that must come back. In the caller's own frame everything does."""
@@ -248,6 +258,8 @@ class Mediator:
     def _not_served(self, run: Interleaver, wanted: dict[int, int]) -> None:
         run.withdraw(self)
         run.raise_error()
+        if any(other.is_stopped for other in run.mediators):
+            raise StopBlock(self)  # another block has stopped the run: what follows is dropped here, too
         raise causes.missed(run, wanted)
 
 

@@ -9,7 +9,7 @@ safe (see `guard.py`).
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import operator
 import os
 import sys
 import threading
@@ -150,6 +150,9 @@ class GreenletCarrier:
         worker = self._worker
         if worker is None or self._job is None or sys.is_finalizing():  # nobody can switch when Python ends
             return
+        if self._context is not None or worker.dead:  # interrupted before it began
+            worker.job = self._job = self._worker = self._context = None
+            return
         self._drive(worker, getcurrent())
         mine = probe()
         restore(self._state, mine, lend=not self._is_model)
@@ -163,17 +166,18 @@ class GreenletCarrier:
             home.abandoned.append(self)
 
     def _start(self) -> _Worker:
+        _check_thread(self.thread)
         home = _local.idle
         home.take_down()
         worker = self._worker = home.workers.pop() if home.workers else _Worker()
         worker.home = home
         worker.gr_context = self._context
-        self._context = None
         worker.job = self._work
         return worker
 
     def _work(self) -> None:
         assert self._job is not None
+        self._context = None
         try:
             self._job()
         finally:
@@ -193,11 +197,15 @@ class ThreadCarrier:
         self._is_model = is_model
         self._model_state: State = True
         self._process_state = process_state()
-        self._thread: threading.Thread | None = None
-        self._job_turn = threading.Semaphore(0)
-        self._driver_turn = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work, name="nnsight-carrier", daemon=True)
+        self._job_turn, self._driver_turn = threading.Lock(), threading.Lock()
+        self._job_turn.acquire()
+        self._driver_turn.acquire()
         self._is_closing = False
         self._owner = _get_ident()
+        #: Given an interrupt that came to the driver while the job was running, to raise it there; when the job has
+        #: handed back given None, and returns the interrupt if it was not raised.
+        self.on_interrupt: Callable[[BaseException | None], BaseException | None] | None = None
 
     def resume(self) -> None:
         _check_thread(self._owner if self._is_model else _get_ident())
@@ -205,24 +213,30 @@ class ThreadCarrier:
 
     def _hand_over(self) -> None:
         before = process_state()
+        interrupt: BaseException | None = None
         if not self._is_model:
             self._model_state = probe()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="nnsight-carrier", daemon=True)
+        if self._thread.ident is None:
             self._thread.start()
-        else:
-            self._job_turn.release()
+        done: list[Any] = []
         try:
-            self._driver_turn.acquire()
-        except BaseException as error:  # noqa: BLE001 - an interrupt: without threads it would come to the job
-            _raise_in(self._thread, type(error))
-            while not self._driver_turn.acquire(timeout=0.05) and self._thread.is_alive():
-                pass
+            # Called from C, so that no interrupt comes in between, and `done` says how far it went.
+            done.extend(map(operator.call, (self._job_turn.release, self._driver_turn.acquire)))  # type: ignore[arg-type]
+        except BaseException as error:  # noqa: BLE001 - raised again once both sides are where they should be
+            interrupt = error
+            if len(done) == 1:  # the job is running: without threads it would have been interrupted
+                if self.on_interrupt is not None:
+                    self.on_interrupt(error)
+                self._driver_turn.acquire()
+                if self.on_interrupt is not None:
+                    interrupt = self.on_interrupt(None)
         if self._job is None:
             self._thread.join()
         restore_process_state(before)
         if self._is_model:
             lend(self._model_state)
+        if interrupt is not None:
+            raise interrupt
 
     def pause(self) -> None:
         _check_thread(self.thread)
@@ -238,7 +252,10 @@ class ThreadCarrier:
             raise Unwind
 
     def unwind(self) -> None:
-        if self._thread is not None and self._job is not None and not sys.is_finalizing():
+        if self._thread.ident is None:  # interrupted before it began, or while it did
+            self._job = None
+            self._job_turn.release()
+        elif self._job is not None and not sys.is_finalizing():
             self._is_closing = True
             self._hand_over()
 
@@ -247,15 +264,18 @@ class ThreadCarrier:
 
     def _work(self) -> None:
         self.thread = _get_ident()
-        context, job, state = self._context, self._job, self._state
-        assert context is not None and job is not None
+        self._job_turn.acquire()
+        context, job = self._context, self._job
+        if context is None or job is None:
+            return
         self._context = None
-        restore(state, probe())
+        restore(self._state, probe())
         restore_process_state(self._process_state)
         if not self._is_model:
             lend(self._model_state)
         try:
-            context.run(job)
+            if not self._is_closing:
+                context.run(job)
         finally:
             self._model_state = True
             self._job = None
@@ -266,11 +286,6 @@ def _check_thread(owner: int) -> None:
     """Refuse what greenlets refuse by themselves: to hand over from a thread that has no part in it."""
     if _get_ident() != owner:
         raise RuntimeError("handed over from a thread that has no part in this run")
-
-
-def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
-    """Raise an exception in another thread, at its next step in Python."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(kind))
 
 
 def make_carrier(job: Job, context: Context, state: State, is_model: bool) -> Carrier:

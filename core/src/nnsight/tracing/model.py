@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Concatenate, ParamSpec, Self, cast
 
 import torch
 from torch import nn
 
 from nnsight.capture.callsite import is_with_item
-from nnsight.errors import BatchError, NoInputError, WrapError
+from nnsight.errors import BatchError, NoInputError, PluginError, WrapError
+from nnsight.joint.batching import Batch, join_values
 from nnsight.kernel import envoy as kernel
 from nnsight.plugins import hooks
 from nnsight.protocols import Inputs
 from nnsight.tracing import saving
-from nnsight.tracing.batching import Batch, join_values
 from nnsight.tracing.tracer import Tracer
 
 P = ParamSpec("P")
@@ -153,9 +154,7 @@ class NNsight(Envoy):
     #: Whether the weights are loaded. A module that was given has them; classes that load lazily say when.
     dispatched: Any = True
 
-    def __init__(
-        self, module: nn.Module, rename: Any = None, envoys: Any = None, strict_rename: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module, rename: Any = None, envoys: Any = None, strict_rename: bool = False) -> None:
         _check_module(module)
         if rename or envoys:
             from nnsight import plugins  # lazy: names are given by a plugin
@@ -164,6 +163,7 @@ class NNsight(Envoy):
         self._build(module)
         hooks.wrapped(self)
         saving.mount()
+        _mount_gradients()
 
     def _class_of(self, path: str, module: nn.Module) -> type[kernel.Envoy]:
         return Envoy if self._naming is None else self._naming.class_of(path, module, Envoy)
@@ -247,6 +247,17 @@ def traceable(
         return self._run_plainly(name, function, args, kwargs)
 
     return cast("Callable[Concatenate[Any, P], Any]", call)
+
+
+@cache
+def _mount_gradients() -> None:
+    """Let `with loss.backward():` trace from now on, unless the plugin for it is switched off."""
+    from nnsight import plugins  # lazy: the catalogue of plugins is read when the first model is wrapped
+
+    with contextlib.suppress(PluginError):
+        gradients = plugins.lookup("nnsight.tracer", "backward")
+        if gradients is not None:
+            gradients.mount()
 
 
 def _check_module(module: object) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -50,8 +49,10 @@ def save(value: T) -> T:
 class _Save:
     """The `save` attribute of a type that is not ours."""
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Callable[[], Any]:
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
         of_class = instance is None and owner is not type(None)  # None itself is an instance too
+        if of_class and owner is not None and issubclass(owner, torch.Tensor):
+            return self  # torch's compiler takes every name in `dir(torch.Tensor)` to be there
         if of_class or innermost() is None or not CONFIG.APP.PYMOUNT:
             name = (owner or type(instance)).__name__
             raise AttributeError(f"{name!r} object has no attribute 'save'", name="save", obj=instance)

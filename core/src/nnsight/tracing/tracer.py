@@ -24,9 +24,9 @@ from nnsight.kernel.mediator import Mediator, StopBlock
 from nnsight.plugins import hooks
 
 if TYPE_CHECKING:
-    from nnsight.tracing.invoker import Invoker
-    from nnsight.tracing.iteration import Iteration, Steps
-    from nnsight.tracing.joint import Invokes
+    from nnsight.joint.invoker import Invoker
+    from nnsight.joint.invokes import Invokes
+    from nnsight.joint.iteration import Iteration, Steps
     from nnsight.tracing.model import Envoy
 
 _REUSED = (
@@ -89,7 +89,7 @@ class Tracer:
         if isinstance(function, str):
             function = getattr(envoy._module, function)
         if inputs.rows is None:
-            from nnsight.tracing.joint import Invokes  # lazy: a trace with an input needs nothing of it
+            from nnsight.joint.invokes import Invokes  # lazy: a trace with an input needs nothing of it
 
             self._invokes = Invokes(envoy, self._method, function, self._batched)
             self._invokes.owner = self
@@ -100,9 +100,13 @@ class Tracer:
         mediator = self._mediator = Mediator(run, run.carrier.resume, run.hand_back, order=sys.maxsize)
         mediator.owner, mediator.frame, mediator.line = self, frame, frame.f_lineno
         self._frame = frame
-        open_block(frame, mediator)
-        if hooks.trace_opened:
-            hooks.trace_opened(self)
+        try:
+            open_block(frame, mediator)
+            if hooks.trace_opened:
+                hooks.trace_opened(self)
+        except BaseException as error:  # there will be no `__exit__`
+            self._end(run, mediator, error)
+            raise
         return self
 
     def _announce(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +126,9 @@ class Tracer:
         if root.edits:
             first = -len(root.edits)
             run.mediators = [edit.again().join(run, first + i) for i, edit in enumerate(root.edits)]
+            if root is not self._envoy:  # a part of the model may not reach what the edits are about
+                for mediator in run.mediators:
+                    mediator.may_miss = True  # type: ignore[attr-defined]
         return run
 
     if TYPE_CHECKING:
@@ -164,9 +171,6 @@ class Tracer:
         run.finish()
         if invokes is not None:
             invokes.write_back()
-        for mediator in run.mediators:
-            if mediator.error is not None:
-                raise mediator.error
         if run.has_failed:
             run.raise_error(again=False)
 
@@ -230,7 +234,7 @@ class Tracer:
     @property
     def iter(self) -> Steps:
         """The steps of the run: `for step in tracer.iter[:3]:`, `[2]`, `[[0, 4]]`, `[::2]`."""
-        from nnsight.tracing.iteration import Steps  # lazy: most traces have no steps
+        from nnsight.joint.iteration import Steps  # lazy: most traces have no steps
 
         return Steps(self.current_block, self._first_input())
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from nnsight import Envoy, NNsight, traceable
 from nnsight.protocols import Inputs
+from nnsight_hf import caches
 from nnsight_hf.errors import LoadError, MissingTokenizerError
 from nnsight_hf.generation import Generator, StepStreamer, can_stream
 from nnsight_hf.inputs import pad_id, prepare
@@ -105,6 +106,7 @@ class LanguageModel(NNsight):
             module = checkpoint.make_empty()
         else:
             module = model
+        caches.register()
         renaming: dict[str, Any] = {} if rename is None else {"rename": rename}
         super().__init__(module, **renaming)
         self._checkpoint = checkpoint

@@ -10,11 +10,11 @@ from nnsight.capture.cells import Scope
 from nnsight.capture.compiler import read_block
 from nnsight.capture.leave import Leave, Leaving
 from nnsight.config import CONFIG
-from nnsight.tracing.captured import CapturedBlock
+from nnsight.joint.captured import CapturedBlock
 
 if TYPE_CHECKING:
+    from nnsight.joint.invokes import Invokes
     from nnsight.protocols import Inputs
-    from nnsight.tracing.joint import Invokes
 
 
 class Capture:
@@ -45,7 +45,11 @@ class Capture:
             block, self._block = self._block, None
             if kind is not Leave:
                 return False
-            self._captured(block)
+            try:
+                self._captured(block)
+            except BaseException as raised:
+                _forget(raised, error)
+                raise
             return True
 
     def _previous(self, frame: FrameType) -> Scope | None:
@@ -63,6 +67,13 @@ class Capture:
     def _captured(self, block: CapturedBlock) -> None:
         """Take the block that was captured."""
         raise NotImplementedError
+
+
+def _forget(raised: BaseException, leave: BaseException) -> None:
+    """Let a user's exception not be told as one that came while the body was being left."""
+    while raised.__context__ is not None and raised.__context__ is not leave:
+        raised = raised.__context__
+    raised.__context__ = None
 
 
 class Invoker(Capture):

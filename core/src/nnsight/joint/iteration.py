@@ -7,18 +7,19 @@ the next call of a module that one forward calls several times.
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnsight.capture.cells import write_back
 from nnsight.errors import InputError, MissedProviderError
-from nnsight.tracing.invoker import Capture
+from nnsight.joint.invoker import Capture
 
 if TYPE_CHECKING:
+    from nnsight.joint.captured import CapturedBlock
     from nnsight.kernel.mediator import Mediator
-    from nnsight.tracing.captured import CapturedBlock
 
 _FORMS = "Steps are a number, a slice such as `tracer.iter[2:8:2]`, or a list of numbers, counted from 0"
 
@@ -62,7 +63,7 @@ class Iteration(Capture):
 
     def _loop(self, filename: str, line: int) -> Iterator[int]:
         mediator = self._current()
-        outer, depth = mediator.step, mediator.loops
+        outer, depth, first = mediator.step, mediator.loops, mediator.first
         mediator.loops += 1
         mediator.first = -1
         is_first = True
@@ -72,10 +73,12 @@ class Iteration(Capture):
                     self._warn(step, filename, line)
                     break
                 is_first = False
-                mediator.step, mediator.first = step, -1
+                mediator.step, mediator.first, mediator.passed = step, -1, step
                 yield step
         finally:
             mediator.loops = depth
+            if first >= 0 or mediator.step != outer:
+                mediator.first = first  # what a loop in a step touches says nothing about when the next step begins
             # After the loop a request means the next visit that has not passed; in a loop around it, that one's step.
             mediator.step = outer if depth else None
 
@@ -107,32 +110,38 @@ class Iteration(Capture):
     def _captured(self, block: CapturedBlock) -> None:
         """Run the body of the block form once per step."""
         scope = block.scope
-        for step in self._loop(block.scope.block.filename, block.scope.block.node.lineno):
-            scope.function(step, lambda sibling, name: None)()
-        write_back([scope])
-        scope.close()
+        try:
+            for step in self._loop(scope.block.filename, scope.block.node.lineno):
+                scope.function(step, lambda sibling, name: None)()
+        finally:
+            write_back([scope])
+            scope.close()
 
 
 def _numbers(steps: int | slice | Iterable[int]) -> tuple[Iterable[int], int | None]:
     """Return the numbers of the steps, and the last of them; None for no end."""
     if isinstance(steps, slice):
-        start, stride = steps.start or 0, 1 if steps.step is None else steps.step
-        for value in (start, stride, 0 if steps.stop is None else steps.stop):
-            _check(value)
+        start = 0 if steps.start is None else _checked(steps.start)
+        stride = 1 if steps.step is None else _checked(steps.step)
         if stride == 0:
             raise InputError(f"A slice of steps cannot have the step 0. {_FORMS}.")
         if steps.stop is None:
             return itertools.count(start, stride), None
-        numbers = range(start, steps.stop, stride)
-        return numbers, numbers[-1] if numbers else None
-    chosen = [steps] if isinstance(steps, int) else list(steps)
-    for value in chosen:
-        _check(value)
-    return chosen, chosen[-1] if chosen else None
+        counted = range(start, _checked(steps.stop), stride)
+        return counted, counted[-1] if counted else None
+    chosen: list[Any]
+    try:
+        chosen = [steps] if hasattr(steps, "__index__") else list(steps)
+    except TypeError:
+        raise InputError(f"{steps!r} is no step. {_FORMS}.") from None
+    numbers = [_checked(value) for value in chosen]
+    return numbers, max(numbers, default=None)
 
 
-def _check(value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _checked(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InputError(f"{value!r} is no step. {_FORMS}.")
-    if value < 0:
-        raise InputError(f"tracer.iter step cannot be negative: {value}. {_FORMS}.")
+    step = operator.index(value)
+    if step < 0:
+        raise InputError(f"tracer.iter step cannot be negative: {step}. {_FORMS}.")
+    return step

@@ -8,11 +8,13 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from nnsight.capture.cells import Scope
+from nnsight.errors import MissedProviderError
+from nnsight.joint.batching import Batch, Unsplit, check_unsplit
+from nnsight.joint.containers import snapshot
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import adopt_block, clear_hint
 from nnsight.kernel.mediator import Mediator, StopBlock
 from nnsight.kernel.sides import Unwind, make_carrier
-from nnsight.tracing.batching import Batch, Unsplit, check_unsplit
 
 if TYPE_CHECKING:
     from nnsight.kernel.interleaver import Interleaver
@@ -50,14 +52,21 @@ class CapturedBlock:
 
 
 class CapturedMediator(Mediator):
-    """The seat of a captured block. The model drives it."""
+    """The seat of a captured block. The model drives it.
+
+    Attributes:
+        may_miss: whether it just ends where the run does not reach what it asks for.
+    """
+
+    may_miss = False
 
     __slots__ = ("_last", "_unsplit", "batch", "block", "body", "carrier")
 
     def __init__(self, run: Interleaver, block: CapturedBlock, order: int, batch: Batch | None) -> None:
         self.block: CapturedBlock | None = block
         self.batch = batch
-        self._last: tuple[int, int, Any, Any] | None = None
+        #: What was read last: location, visit, joint value, the rows of it, and the containers of those as they were.
+        self._last: tuple[int, int, Any, Any, Any] | None = None
         self._unsplit: list[Unsplit] = []
         self.carrier = make_carrier(self._work, block.context.copy(), block.state, is_model=False)
         super().__init__(run, self._pause, self.carrier.resume, order)
@@ -69,8 +78,8 @@ class CapturedMediator(Mediator):
         return f"({self.block.what} at {self.block.where})" if self.block is not None else "(closed)"
 
     def _pause(self) -> None:
-        if self._unsplit:
-            self._check_unsplit()
+        if self.batch is not None:
+            self._hand_in()
         self.carrier.pause()
 
     def take_down(self) -> None:
@@ -92,7 +101,7 @@ class CapturedMediator(Mediator):
         adopt_block(self)
         try:
             body()
-            self._check_unsplit()
+            self._hand_in()
         except Unwind:
             pass
         except StopBlock as stop:
@@ -100,6 +109,8 @@ class CapturedMediator(Mediator):
             if not self.is_stopped:
                 self.error = stop
         except BaseException as error:  # noqa: BLE001 - raised again at the end of the `with`
+            if self.may_miss and type(error) is MissedProviderError:
+                return
             error.add_note(f"in the {block.what} opened at {block.where}")
             self.error = error
         finally:
@@ -123,7 +134,7 @@ class CapturedMediator(Mediator):
         if last is not None and last[0] == number and last[1] == visit and last[2] is run.value:
             return last[3]
         view = batch.narrow(run.value, self._unsplit)
-        self._last = number, visit, run.value, view
+        self._last = number, visit, run.value, view, snapshot(view)
         return view
 
     def write(self, number: int, value: Any) -> None:
@@ -131,12 +142,17 @@ class CapturedMediator(Mediator):
         if batch is None:
             super().write(number, value)
             return
-        run = self._at_rows(number, batch)
-        assert self.tree is not None
+        self._splice(self._at_rows(number, batch), number, value)
+
+    def _splice(self, run: Interleaver, number: int, value: Any) -> None:
+        """Put this block's rows into the value that the model stands at."""
+        assert self.batch is not None and self.tree is not None
         last = self._last
-        seen = last[3] if last is not None and last[0] == number and last[2] is run.value else None
+        seen = None
+        if last is not None and last[0] == number and last[2] is run.value:
+            seen = last[3] if last[4] is None else last[4]
         visit = (number, run.counts[number])
-        run.value = batch.splice(run.value, value, seen, visit, str(self.tree[number]))
+        run.value = self.batch.splice(run.value, value, seen, visit, str(self.tree[number]))
 
     def skip(self, number: int, value: Any) -> None:
         run = self.standing_at(number)
@@ -154,6 +170,13 @@ class CapturedMediator(Mediator):
         joint.meet(number, run.counts[number] - 1, run.value)
         return run
 
-    def _check_unsplit(self) -> None:
-        unsplit, self._unsplit = self._unsplit, []
-        check_unsplit(unsplit)
+    def _hand_in(self) -> None:
+        """Before the model goes on: pass on what was put into containers, refuse edits that reach other invokes."""
+        last, run = self._last, self.run
+        if last is not None and last[4] is not None and run is not None:
+            number, visit, whole, view, _ = last
+            if run.at == number and run.counts[number] == visit and run.value is whole:
+                self._splice(run, number, view)
+        if self._unsplit:
+            unsplit, self._unsplit = self._unsplit, []
+            check_unsplit(unsplit)

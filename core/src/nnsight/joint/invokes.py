@@ -9,14 +9,14 @@ import torch
 
 from nnsight.capture.cells import write_back
 from nnsight.errors import InvokeError
+from nnsight.joint.batching import Batch, Joint
+from nnsight.joint.captured import CapturedBlock
+from nnsight.joint.invoker import Invoker
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.protocols import Inputs
-from nnsight.tracing.batching import Batch, Joint
-from nnsight.tracing.captured import CapturedBlock
-from nnsight.tracing.invoker import Invoker
 
 if TYPE_CHECKING:
-    from nnsight.tracing.model import Envoy
+    Envoy = Any  # nnsight.tracing.model.Envoy, which stands above
 
 _NO_WHOLE = (
     "The invoke at {where} has no input, so it would see the whole batch; with batched=False there is none. Give it an "
@@ -73,7 +73,7 @@ class Invokes:
         shared = None
         if len(fed) > 1:
             root = envoy.root
-            tables = {tensor.untyped_storage().data_ptr() for tensor in _tensors(root._module)}
+            tables = {tensor.untyped_storage()._cdata for tensor in _tensors(root._module)}
             shared = Joint(joint.rows or 0, args, kwargs, envoy._rows, tables)
         self._take_part(run, shared)
         return function(*args, **kwargs)

@@ -6,7 +6,6 @@ write. Which rows of a tensor are a block's is said by the model class (`rows`);
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 
 from nnsight.errors import BatchError
+from nnsight.joint.containers import fields_of, rebuild_sequence, transform, with_fields, with_items
 from nnsight.kernel.interleaver import Deferred, Interleaver
 from nnsight.kernel.mediator import Mediator
 
 #: A tensor handed out whole, its version then, and a copy of one that has no versions (made in inference mode).
 Unsplit = tuple[torch.Tensor, int, torch.Tensor | None]
-Transform = Callable[[Any], Any]
-_containers: list[tuple[type, Callable[[Any, Transform], Any]]] = []
-
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range)
 
 NOT_ROWS = (
@@ -30,17 +27,6 @@ NOT_ROWS = (
     "writes there would reach the others. Read it only, write it from an invoke without input (which has the whole "
     "batch), or let the model class declare its layout in `rows`."
 )
-
-
-def register_container(kind: type, transform: Callable[[Any, Transform], Any]) -> None:
-    """Teach batches to look into a container type.
-
-    Args:
-        kind: the type, subclasses included.
-        transform: called with a container and a function of one value; returns a container of the same kind with the
-            function applied to each value, leaving the given one as it is.
-    """
-    _containers.insert(0, (kind, transform))
 
 
 class Joint:
@@ -66,7 +52,7 @@ class Joint:
 
     def is_table(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is (a view of) a parameter or buffer: then it has no rows of a batch."""
-        return tensor.untyped_storage().data_ptr() in self._tables
+        return tensor.untyped_storage()._cdata in self._tables
 
     def watch(self, run: Interleaver, number: int, occurrence: int) -> None:
         """Find out whether a module whose output a block is about to ask for is given anything of the batch.
@@ -80,7 +66,7 @@ class Joint:
         if key in self._watched or run.tree is None:
             return
         self._watched.add(key)
-        if run.tree[number].port == "output" and run.count(number - 1) <= occurrence:
+        if run.tree[number].port == "output":
             Watch(run, number - 1, occurrence, self._note)
 
     def _note(self, number: int, occurrence: int, given: Any) -> None:
@@ -97,7 +83,7 @@ class Joint:
     def _keep(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             self._kept.append(leaf)  # for as long as its address is known as a table's
-            self._tables.add(leaf.untyped_storage().data_ptr())
+            self._tables.add(leaf.untyped_storage()._cdata)
         return leaf
 
     def copy(self, tensor: torch.Tensor, visit: tuple[int, int]) -> torch.Tensor:
@@ -146,12 +132,12 @@ class Batch:
         return transform(value, view)
 
     def splice(self, whole: Any, part: Any, seen: Any, visit: tuple[int, int], where: str) -> Any:
-        """Return the joint value with this block's rows replaced by `part`.
+        """Return the joint value with this block's rows replaced by `part`; itself when nothing is new.
 
         Args:
             whole: the joint value.
             part: what the block has assigned.
-            seen: what the block had read of it; parts of that left as they were are recognised by identity.
+            seen: what the block had read of it, as it was then; what was left as it was is recognised by identity.
             visit: the visit, for one copy per visit.
             where: the location, for messages.
         """
@@ -164,24 +150,23 @@ class Batch:
                 raise BatchError(f"`{where}` is a {type(whole).__name__} of {len(whole)}; got {_describe(part)}.")
             olds = seen if isinstance(seen, tuple | list) and len(seen) == len(whole) else [None] * len(whole)
             items = [self.splice(*triple, visit, where) for triple in zip(whole, part, olds, strict=True)]
-            return _rebuild_sequence(whole, items)
+            is_same = all(new is old for new, old in zip(items, whole, strict=True))
+            return whole if is_same else rebuild_sequence(whole, items)
         if isinstance(whole, dict):
             if not isinstance(part, dict) or set(part) != set(whole):
                 raise BatchError(
                     f"`{where}` is a {type(whole).__name__} with keys {list(whole)}; got {_describe(part)}."
                 )
-            new = copy.copy(whole)
-            for key in whole:
-                old = seen.get(key) if isinstance(seen, dict) else None
-                new[key] = self.splice(whole[key], part[key], old, visit, where)
-            return new
+            before = seen if isinstance(seen, dict) else {}
+            values = {key: self.splice(whole[key], part[key], before.get(key), visit, where) for key in whole}
+            return whole if all(value is whole[key] for key, value in values.items()) else with_items(whole, values)
         if dataclasses.is_dataclass(whole) and type(part) is type(whole):
-            new = copy.copy(whole)
-            for field in dataclasses.fields(whole):
-                name = field.name
-                value = self.splice(getattr(whole, name), getattr(part, name), getattr(seen, name, None), visit, where)
-                object.__setattr__(new, name, value)
-            return new
+            values = {
+                name: self.splice(value, getattr(part, name), getattr(seen, name, None), visit, where)
+                for name, value in fields_of(whole).items()
+            }
+            is_same = all(value is getattr(whole, name) for name, value in values.items())
+            return whole if is_same else with_fields(whole, values)
         if (whole is None or isinstance(whole, bool | int | float | str)) and part == whole:
             return whole
         raise BatchError(
@@ -229,15 +214,17 @@ class Watch(Mediator):
     def __init__(self, run: Interleaver, number: int, occurrence: int, note: Callable[[int, int, Any], None]) -> None:
         super().__init__(run, self._look, self._look, order=sys.maxsize)
         self._note = note
-        self.number, self.occurrence = number, occurrence
-        if run.at == number:
-            self._look()
-        elif run.count(number) == occurrence:
+        self._input = number
+        if run.count(number) <= occurrence:
+            self.number, self.occurrence = number, occurrence
             run.enqueue(self, number)
+        elif run.at == number and run.count(number) == occurrence + 1:
+            self.occurrence = occurrence
+            self._look()
 
     def _look(self) -> None:
         assert self.run is not None
-        self._note(self.served if self.number < 0 else self.number, self.occurrence, self.run.value)
+        self._note(self._input, self.occurrence, self.run.value)
         self.close()
 
 
@@ -247,8 +234,8 @@ def _may_hold_rows(value: Any, joint: Joint) -> bool:
 
     def look(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            is_without = leaf.ndim == 0 or joint.is_table(leaf)
-            found.append(not is_without and leaf.shape[0] % joint.total == 0)
+            # In any dim, and any number of times: a module may turn its input around, or fold rows into another dim.
+            found.append(any(not size % joint.total for size in leaf.shape) and not joint.is_table(leaf))
         else:
             found.append(not isinstance(leaf, _CONSTANT))
         return leaf
@@ -278,28 +265,6 @@ class PartialSkip(Deferred):
                 "rows. Skip it in every invoke, or assign its output instead."
             )
         return _concatenate([value for _, (_, value) in sorted(self.pieces.items())], self.path)
-
-
-def transform(value: Any, function: Transform) -> Any:
-    """Return a value with `function` applied to everything in it that is no container; identity is kept if it can."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    for kind, special in _containers:
-        if isinstance(value, kind):
-            return special(value, lambda inner: transform(inner, function))
-    if isinstance(value, tuple | list):
-        return _rebuild_sequence(value, [transform(item, function) for item in value])
-    if isinstance(value, dict):
-        new = copy.copy(value)
-        for key, item in value.items():
-            new[key] = transform(item, function)
-        return new
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed: Any = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(changed, field.name, transform(getattr(value, field.name), function))
-        return changed
-    return function(value)
 
 
 def check_unsplit(unsplit: Sequence[Unsplit]) -> None:
@@ -333,7 +298,7 @@ def _equal(left: Any, right: Any) -> bool:
 def _concatenate(values: Sequence[Any], name: str) -> Any:
     first = values[0]
     if isinstance(first, tuple | list):
-        return _rebuild_sequence(first, [_concatenate(items, name) for items in zip(*values, strict=True)])
+        return rebuild_sequence(first, [_concatenate(items, name) for items in zip(*values, strict=True)])
     if not isinstance(first, torch.Tensor):
         return first
     shapes = [tuple(value.shape) for value in values]
@@ -343,12 +308,6 @@ def _concatenate(values: Sequence[Any], name: str) -> Any:
         kinds = [f"{value.dtype} on {value.device}" for value in values]
         raise BatchError(f"The invokes cannot be joined: {name} is {', '.join(kinds)}.")
     return torch.cat(list(values))
-
-
-def _rebuild_sequence(old: Any, items: list[Any]) -> Any:
-    if hasattr(old, "_fields"):
-        return type(old)(*items)
-    return type(old)(items)
 
 
 def _describe(value: Any) -> str:

@@ -1,0 +1,342 @@
+"""What blocks change in a checkpointed region, and making the same changes again.
+
+Both sides of it stand where controllers look for the run: they have what a controller, or a plugin that visits
+locations of its own, uses of an `Interleaver`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from nnsight.errors import RecomputeError
+from nnsight.joint.containers import transform
+
+Visit = tuple[int, int]  # the number of a location, its occurrence
+_INPUTS: Visit = (-1, 0)  # stands for the arguments that the region was called with
+
+
+class Snapshot:
+    """A tensor as it was: a copy, and whether it required grad."""
+
+    __slots__ = ("requires_grad", "value")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.value = tensor.detach().clone()
+        self.requires_grad = tensor.requires_grad
+
+    def restored(self) -> torch.Tensor:
+        return self.value.clone().requires_grad_(self.requires_grad)
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Make a tensor this one, in place."""
+        with torch.set_grad_enabled(self.requires_grad and not target.requires_grad):
+            target.copy_(self.restored())
+
+
+class Origin:
+    """A tensor that passed at a visit: the n-th leaf of the value there."""
+
+    __slots__ = ("index", "visit")
+
+    def __init__(self, visit: Visit, index: int) -> None:
+        self.visit = visit
+        self.index = index
+
+
+class Change:
+    """What blocks did at one visit.
+
+    Attributes:
+        edits: tensors that were edited in place, with what they were then.
+        value: what the value was replaced by, with snapshots and origins for its tensors, as a one-tuple; or None.
+        skipped: likewise what the module was to return instead of running.
+        counts: the visit counts afterwards, where a block had the model side call modules.
+        random: the state of the random number generators afterwards, where a block drew numbers.
+    """
+
+    __slots__ = ("counts", "edits", "random", "skipped", "value")
+
+    def __init__(self) -> None:
+        self.edits: list[tuple[Origin, Snapshot]] = []
+        self.value: tuple[Any] | None = None
+        self.skipped: tuple[Any] | None = None
+        self.counts: list[int] | None = None
+        self.random: Any = None
+
+    def __bool__(self) -> bool:
+        return bool(self.edits or self.value or self.skipped or self.counts is not None or self.random is not None)
+
+
+class Log(NamedTuple):
+    """What blocks did in a region.
+
+    Attributes:
+        changes: by visit.
+        counts: the visit counts that the region began with.
+        arguments: what the region's arguments were before, if a block has edited them in place.
+    """
+
+    changes: dict[Visit, Change]
+    counts: list[int]
+    arguments: list[Any] | None
+
+
+class _Standing:
+    """What is common to a run's stand-ins."""
+
+    tree: Any
+    counts: list[int]
+    waiting: Any
+
+    def count(self, number: int) -> int:
+        if number >= len(self.counts):
+            self.counts.extend([0] * (len(self.tree) - len(self.counts)))
+        return self.counts[number]
+
+    def visit(self, number: int, value: Any) -> Any:
+        self.counts[number] = self.count(number) + 1
+        return self.serve(number, value) if number in self.waiting else value
+
+    def serve(self, number: int, value: Any) -> Any:
+        raise NotImplementedError
+
+
+class Recorder(_Standing):
+    """Stands before a run while it passes through a region, and notes what its blocks change."""
+
+    def __init__(self, run: Any, frame: Any, captured: Sequence[torch.Tensor]) -> None:
+        self._run = run
+        self._frame = weakref.ref(frame)
+        self._captured = {tensor.untyped_storage().data_ptr() for tensor in captured}
+        self.is_lost = False
+        self._log = Log({}, list(run.counts), None)
+        self._arguments: list[Any] = _arguments(frame)
+        self._before: list[Any] | None = None
+        self._is_before_needed = False
+        self._origins: dict[int, tuple[torch.Tensor, Origin]] = {}
+        self._note(_INPUTS, self._arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_run":
+            raise AttributeError(name)
+        return getattr(self._run, name)
+
+    @property
+    def counts(self) -> list[int]:  # type: ignore[override]
+        counts: list[int] = self._run.counts
+        return counts
+
+    @property
+    def waiting(self) -> Any:
+        return self._run.waiting
+
+    @property
+    def closing(self) -> Sequence[Callable[[], None]]:
+        closing: Sequence[Callable[[], None]] = self._run.closing
+        return closing
+
+    @closing.setter
+    def closing(self, leave: Sequence[Callable[[], None]]) -> None:
+        self._run.closing = leave
+
+    def serve(self, number: int, value: Any) -> Any:
+        """Let the run serve, and note the difference."""
+        visit = number, self.counts[number] - 1
+        if self._before is None:
+            self._before = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in self._arguments]
+        leaves = leaves_of(value)
+        self._note(visit, leaves)
+        counts, random = list(self.counts), _random_state()
+        versions = [(tensor, tensor._version, origin) for tensor, origin in self._origins.values()]
+        new = self._run.serve(number, value)
+        change = Change()
+        for tensor, version, origin in versions:
+            if tensor._version != version:
+                change.edits.append((origin, Snapshot(tensor)))
+                self._note_storage(tensor.untyped_storage().data_ptr())
+        after = leaves_of(new)
+        if new is not value or len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
+            change.value = (self._described(new),)
+        if counts != self.counts:
+            change.counts = list(self.counts)
+        if not _same_random(random, now := _random_state()):
+            change.random = now
+        if change:
+            self._log.changes[visit] = change
+        return new
+
+    def take_skipped(self, number: int) -> Any:
+        """Note what a module was to return without running."""
+        value = self._run.take_skipped(number)
+        visit = number, self.counts[number] - 1
+        self._log.changes.setdefault(visit, Change()).skipped = (self._described(value),)
+        return value
+
+    def close(self) -> Log | None:
+        """Return what was noted, None for nothing; refer to nothing any more."""
+        log, self._origins = self._log, {}
+        if self._is_before_needed:
+            log = log._replace(arguments=self._before)
+            _renew(self._frame(), self._arguments)
+        self._arguments, self._before, self._run = [], None, None
+        return log if log.changes else None
+
+    def _note(self, visit: Visit, leaves: Iterable[Any]) -> None:
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_inference():
+                self._origins[id(leaf)] = leaf, Origin(visit, index)
+
+    def _described(self, value: Any) -> Any:
+        """Return a value with origins and snapshots in the place of its tensors."""
+
+        def describe(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            known = self._origins.get(id(leaf))
+            return known[1] if known is not None else Snapshot(leaf)
+
+        return transform(value, describe)
+
+    def _note_storage(self, edited: int) -> None:
+        """Note whether what was edited is an argument of the region."""
+        self.is_lost |= edited in self._captured
+        tensors = (argument for argument in self._arguments if isinstance(argument, torch.Tensor))
+        self._is_before_needed |= any(tensor.untyped_storage().data_ptr() == edited for tensor in tensors)
+
+
+class Replay(_Standing):
+    """Stands in for the run while a region is computed again, and makes the changes that were noted."""
+
+    skipped: tuple[Any] | None = None
+    closing: Sequence[Callable[[], None]] = ()
+
+    def __init__(self, log: Log, tree: Any, instrumentation: Any, frame: weakref.ref[Any]) -> None:
+        self.tree = tree
+        self.instrumentation = instrumentation
+        self.thread = threading.get_ident()
+        self.counts = list(log.counts)
+        self._log = log
+        self._frame = frame
+        self._done: set[Visit] = set()
+        self._kept = {origin.visit for change in log.changes.values() for origin in _origins_in(change)}
+        self.waiting = {number for number, _ in (*log.changes, *self._kept)}
+        self._leaves: dict[Visit, list[Any]] = {}
+
+    def inputs(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return the arguments to compute with; those that will be edited in place must not be the originals."""
+        if _INPUTS not in self._kept:
+            return args
+        before = self._log.arguments or [None] * len(args)
+        own = [
+            (arg if old is None else old).detach().requires_grad_(arg.requires_grad).clone()
+            if isinstance(arg, torch.Tensor)
+            else arg
+            for arg, old in zip(args, before, strict=True)
+        ]
+        self._leaves[_INPUTS] = own
+        return own
+
+    def serve(self, number: int, value: Any) -> Any:
+        """Make the changes of this visit."""
+        visit = number, self.counts[number] - 1
+        if visit in self._kept:
+            self._leaves[visit] = leaves_of(value)
+        change = self._log.changes.get(visit)
+        if change is None:
+            return value
+        self._done.add(visit)
+        for origin, snapshot in change.edits:
+            target = self._find(origin)
+            _keep_saved(self._frame(), target)
+            snapshot.copy_to(target)
+        if change.counts is not None:
+            self.counts[:] = change.counts
+        if change.random is not None:
+            _set_random_state(change.random)
+        if change.skipped is not None:
+            self.skipped = change.skipped
+        return value if change.value is None else self._build(change.value[0])
+
+    def take_skipped(self, number: int) -> Any:
+        assert self.skipped is not None
+        (value,), self.skipped = self.skipped, None
+        return self._build(value)
+
+    def lost(self) -> Visit | None:
+        """Return a visit that was not made again, although something was changed there."""
+        return next((visit for visit in self._log.changes if visit not in self._done), None)
+
+    def _build(self, described: Any) -> Any:
+        def build(leaf: Any) -> Any:
+            if isinstance(leaf, Origin):
+                return self._find(leaf)
+            return leaf.restored() if isinstance(leaf, Snapshot) else leaf
+
+        return transform(described, build)
+
+    def _find(self, origin: Origin) -> torch.Tensor:
+        leaves = self._leaves.get(origin.visit, [])
+        found = leaves[origin.index] if origin.index < len(leaves) else None
+        if not isinstance(found, torch.Tensor):
+            where = "its arguments" if origin.visit == _INPUTS else f"`{self.tree[origin.visit[0]]}`"
+            raise RecomputeError(
+                "A checkpointed region cannot be computed again with the edits that were made in it: a tensor of "
+                f"{where} was edited, and it is not there this time. Trace the model without gradient checkpointing."
+            )
+        return found
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """Return everything in a value that is no container, in order."""
+    leaves: list[Any] = []
+    transform(value, lambda leaf: leaves.append(leaf) or leaf)  # type: ignore[func-returns-value, redundant-expr]
+    return leaves
+
+
+def _origins_in(change: Change) -> Iterator[Origin]:
+    yield from (origin for origin, _ in change.edits)
+    for described in (change.value, change.skipped):
+        yield from (leaf for leaf in leaves_of(described) if isinstance(leaf, Origin))
+
+
+def _arguments(frame: Any) -> list[Any]:
+    """Return what a region was called with; nothing where torch does not say."""
+    get = getattr(frame, "get_inputs", None)
+    return list(get()) if get is not None else []
+
+
+def _renew(frame: Any, arguments: Sequence[Any]) -> None:
+    """Have torch keep the arguments as they are now: it refuses those that were edited since."""
+    if frame is not None:
+        frame.save_inputs(*arguments)
+
+
+def _keep_saved(frame: Any, edited: torch.Tensor) -> None:
+    """Give what torch has saved of this tensor a copy of its own: it was saved before the edit, and stays as it was."""
+    storage = edited.untyped_storage().data_ptr()
+    for saved in frame.recomputed.values() if frame is not None else ():
+        for handle, tensor in list(saved.items()):
+            if tensor.untyped_storage().data_ptr() == storage:
+                saved[handle] = tensor.clone()
+
+
+def _random_state() -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def _same_random(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> bool:
+    return len(before) == len(now) and all(map(torch.equal, before, now))
+
+
+def _set_random_state(states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])

@@ -1,0 +1,68 @@
+"""Locations inside a module that a plugin makes, beside the module's own input and output.
+
+A plugin numbers them here, visits them as `make_controller` does or with `Interleaver.visit`, and serves requests with
+`seat`. What it puts in place for a run, it takes away when that is closed (`Interleaver.closing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from nnsight.kernel.location import Explain, Location
+
+if TYPE_CHECKING:
+    from nnsight.kernel.envoy import Envoy
+    from nnsight.kernel.mediator import Mediator
+
+
+class Places:
+    """Locations inside one module. Whoever asks for the same key has the same ones.
+
+    Args:
+        envoy: mirrors the module.
+        key: what the locations are made for.
+        below: for each location its path below the module's, with the dot before it, and its port.
+        explain: called with a run and a number when that location was not reached although the module was called;
+            returns a sentence that says why, or "".
+    """
+
+    __slots__ = ("_below", "_envoy", "_explain", "_first", "_key")
+
+    def __init__(self, envoy: Envoy, key: Hashable, below: Sequence[tuple[str, str]], explain: Explain) -> None:
+        self._envoy = envoy
+        self._key = key
+        self._below = below
+        self._explain = explain
+        self._first = -1
+
+    def seat(self, port: str) -> tuple[Mediator, int, int]:
+        """Return the open block that the calling code is in, and what its run calls these locations.
+
+        Args:
+            port: what is requested, for the error.
+
+        Returns:
+            The block, the number of the first location (the others follow), the number of the module's input.
+
+        Raises:
+            OutsideTraceError: no block of this model is open here.
+            WrongThreadError: one is, but in another thread.
+        """
+        mediator, around = self._envoy._seat(port)
+        if mediator.tree is not self._envoy._tree:
+            return mediator, self._reserve(mediator, around), around
+        if self._first < 0:
+            self._first = self._reserve(mediator, around)
+        return mediator, self._first, around
+
+    def _reserve(self, mediator: Mediator, around: int) -> int:
+        tree = mediator.tree
+        assert tree is not None
+        path = tree[around].path
+
+        def locations() -> list[Location]:
+            new = tuple.__new__  # a third of what the constructor of a named tuple takes, and there may be hundreds
+            return [new(Location, (path + name, port)) for name, port in self._below]
+
+        return tree.reserve((path, self._key), locations, around, self._explain)

@@ -1,0 +1,197 @@
+"""A rewritten function while a run is open: what its operations pass through.
+
+Everything here belongs to one run and goes with it. A run that looks into a module has that module's rewritten forward
+in place of the original; every operation is counted, and served where a block waits for it, as modules are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from nnsight import Interleaver, current_run
+from nnsight_source.errors import SourceError
+from nnsight_source.peel import peel
+from nnsight_source.place import Anchor, stand_in
+from nnsight_source.rewrite import CALL, OPERATORS, VALUE, known_rewritten
+from nnsight_source.spots import Rewritten
+
+_operator_cells = {name: CellType(function) for name, function in OPERATORS.items()}
+
+
+class Live:
+    """One rewritten function in one run.
+
+    Args:
+        run: the run.
+        rewritten: the function.
+        first: the number of its first location.
+        passes: how often what contains it has been called in this run already, without being looked into.
+
+    Attributes:
+        inner: the functions that are looked into when an operation calls them, by the number of its input.
+        known: the function that an operation was last found to call, and what that is bound to.
+        called: what the operation calls at whose input the model stands.
+    """
+
+    __slots__ = ("_cells", "called", "first", "inner", "known", "passes", "rewritten")
+
+    def __init__(self, run: Interleaver, rewritten: Rewritten, first: int, passes: int) -> None:
+        self.rewritten = rewritten
+        self.first = first
+        self.passes = passes
+        self.inner: dict[int, list[Live]] = {}
+        self.known: dict[int, tuple[FunctionType, Any]] = {}
+        self.called: dict[int, Any] = {}
+        run.count(first + rewritten.size - 1)  # from here on all of them are counted
+        if passes:
+            for spot in rewritten.always:
+                run.counts[first + spot.output] = passes
+                if spot.input >= 0:
+                    run.counts[first + spot.input] = passes
+        call, value = _make_visits(run, first, self.inner, self.called)
+        self._cells = {CALL: CellType(call), VALUE: CellType(value), **_operator_cells}
+
+    def around(self, function: FunctionType) -> FunctionType:
+        """Return a function rewritten, with the closure, the globals and the default values that it has."""
+        code = self.rewritten.code
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        closure = tuple(self._cells.get(name) or cells[name] for name in code.co_freevars)
+        new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+        new.__kwdefaults__ = function.__kwdefaults__
+        return new
+
+
+def _make_visits(
+    run: Interleaver, first: int, inner: dict[int, list[Live]], called: dict[int, Any]
+) -> tuple[Callable[..., Any], Callable[[int, Any], Any]]:
+    """Return what the calls and the values of a rewritten function pass through."""
+    get_run, get_ident, counts = current_run.get, threading.get_ident, run.counts
+
+    def call(index: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if get_run() is not run or run.thread != get_ident() or run.tree is None:
+            return function(*args, **kwargs)
+        number = first + index
+        counts[number] += 1
+        if number in run.waiting:
+            called[index] = function
+            try:
+                args, kwargs = run.serve(number, (args, kwargs))
+            finally:
+                del called[index]
+            if run.skipped is not None:
+                result = run.take_skipped(number)
+            else:
+                result = (_look_into(inner[index], function) if index in inner else function)(*args, **kwargs)
+        elif index in inner:
+            result = _look_into(inner[index], function)(*args, **kwargs)
+        else:
+            result = function(*args, **kwargs)
+        number += 1
+        counts[number] += 1
+        return run.serve(number, result) if number in run.waiting else result
+
+    def value(index: int, result: Any, /) -> Any:
+        if get_run() is not run or run.thread != get_ident() or run.tree is None:
+            return result
+        number = first + index
+        counts[number] += 1
+        return run.serve(number, result) if number in run.waiting else result
+
+    return call, value
+
+
+def _look_into(lives: list[Live], function: Any) -> Any:
+    """Return a callable with its function rewritten, if it is one that is looked into."""
+    if isinstance(function, nn.Module):
+        return function
+    try:
+        inner, rebuild = peel(function)
+    except SourceError:
+        return function
+    found = known_rewritten(inner.__code__)
+    for live in lives:
+        if live.rewritten is found:
+            return rebuild(live.around(inner))
+    return function
+
+
+class _Table:
+    """What one run looks into."""
+
+    __slots__ = ("forwards", "leaving", "lives")
+
+    def __init__(self) -> None:
+        self.lives: dict[int, Live] = {}
+        self.forwards: dict[int, Callable[..., Any]] = {}
+        self.leaving: list[Callable[[], None]] = []
+
+
+_tables: dict[Interleaver, _Table] = {}
+
+
+def find_live(run: Interleaver, first: int) -> Live | None:
+    """Return the function whose locations start at a number, if the run looks into it already."""
+    table = _tables.get(run)
+    return None if table is None else table.lives.get(first)
+
+
+def look_into_module(run: Interleaver, first: int, around: int, module: nn.Module, rewritten: Rewritten) -> Live:
+    """Put the rewritten forward of a module in place for a run.
+
+    Args:
+        run: the run.
+        first: the number of its first location.
+        around: the number of the module's input.
+        module: the module.
+        rewritten: its forward.
+    """
+    table = _table_of(run)
+    passes = run.count(around) - (run.at == around)
+    live = table.lives[first] = Live(run, rewritten, first, passes)
+    anchor = Anchor(module)
+    inner, rebuild = peel(anchor.value)
+    table.forwards[id(module)] = anchor.bind(rebuild(live.around(inner)))
+    table.leaving.append(stand_in(anchor, _forward_in_run))
+    return live
+
+
+def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewritten: Rewritten) -> Live:
+    """Put a rewritten function in place for a run, wherever one operation calls the function.
+
+    Args:
+        run: the run.
+        first: the number of its first location.
+        outer: the function with the operation.
+        index: the number of the operation's input, in that function.
+        rewritten: the function that it calls.
+    """
+    number = outer.first + index
+    passes = run.count(number) - (run.at == number)
+    live = _table_of(run).lives[first] = Live(run, rewritten, first, passes)
+    outer.inner.setdefault(index, []).append(live)
+    return live
+
+
+def _table_of(run: Interleaver) -> _Table:
+    table = _tables.get(run)
+    if table is None:
+        table = _tables[run] = _Table()
+        run.closing = [*run.closing, partial(_leave, run)]
+    return table
+
+
+def _leave(run: Interleaver) -> None:
+    for leave in _tables.pop(run).leaving:
+        leave()
+
+
+def _forward_in_run(module: nn.Module) -> Callable[..., Any] | None:
+    run = current_run.get()
+    table = None if run is None else _tables.get(run)
+    return None if table is None else table.forwards.get(id(module))

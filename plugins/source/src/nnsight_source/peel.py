@@ -1,0 +1,102 @@
+"""From what is called to the Python function that does the work, and back with another function in its place.
+
+Decorators, bound methods, partials and callable objects are layers around a function. A layer is rebuilt around the
+new function with everything else it has: a decorator is its own code with one cell exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from nnsight_source.text import no_source
+
+Rebuild = Callable[[FunctionType], Any]
+
+_DEPTH = 20
+
+
+def peel(target: Any, depth: int = _DEPTH) -> tuple[FunctionType, Rebuild]:
+    """Return the innermost function of a callable, and what makes the same callable around another function.
+
+    Raises:
+        SourceError: no Python function is in it.
+    """
+    if isinstance(target, FunctionType):
+        cell = _inner_cell(target) if depth else None
+        if cell is None:
+            return target, _itself
+        inner, rebuild = peel(cell.cell_contents, depth - 1)
+        return inner, lambda new: _exchange(target, cell, rebuild(new))
+    if isinstance(target, MethodType):
+        inner, rebuild = peel(target.__func__, depth)
+        return inner, lambda new: MethodType(rebuild(new), target.__self__)
+    if isinstance(target, partial):
+        inner, rebuild = peel(target.func, depth)
+        return inner, lambda new: partial(rebuild(new), *target.args, **target.keywords)
+    if isinstance(target, staticmethod | classmethod):
+        inner, rebuild = peel(target.__func__, depth)
+        return inner, lambda new: type(target)(rebuild(new))
+    call = next((vars(kind)["__call__"] for kind in type(target).__mro__ if "__call__" in vars(kind)), None)
+    if isinstance(target, type | nn.Module) or not isinstance(call, FunctionType):
+        raise no_source(name_of(target), _why(target))
+    inner, rebuild = peel(call, depth)
+    return inner, lambda new: MethodType(rebuild(new), target)
+
+
+def name_of(target: Any) -> str:
+    """Return what messages call a callable."""
+    return str(getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__name__)
+
+
+def _why(target: Any) -> str:
+    if isinstance(target, type):
+        return "it is a class, and calling it makes an object"
+    if isinstance(target, BuiltinFunctionType) or type(target).__module__ == "builtins":
+        return "it is not written in Python"
+    return f"a {type(target).__name__} does not lead to a Python function"
+
+
+def _itself(new: FunctionType) -> FunctionType:
+    return new
+
+
+def _inner_cell(wrapper: FunctionType) -> CellType | None:
+    """Return the cell in which a decorated function is kept; None for a function that is no decorator's work."""
+    cells = [cell for cell in wrapper.__closure__ or () if _contents(cell) is not None]
+    if not cells:
+        return None
+    wrapped = wrapper.__dict__.get("__wrapped__")
+    if wrapped is not None:
+        return next((cell for cell in cells if _is(cell.cell_contents, wrapped)), None)
+    # Without functools.wraps: it passes everything on to the one function it knows, which has the name looked for.
+    code = wrapper.__code__
+    if code.co_name == "forward" or code.co_flags & 0xC != 0xC:  # CO_VARARGS | CO_VARKEYWORDS
+        return None
+    named = [cell for cell in cells if getattr(cell.cell_contents, "__name__", None) == "forward"]
+    return named[0] if len(named) == 1 and callable(named[0].cell_contents) else None
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
+
+
+def _is(found: Any, wanted: Any) -> bool:
+    return found is wanted or (isinstance(found, MethodType) and isinstance(wanted, MethodType) and found == wanted)
+
+
+def _exchange(wrapper: FunctionType, cell: CellType, content: Any) -> FunctionType:
+    """Return a decorator's function with another content in one cell; the others are shared."""
+    new = CellType(content)
+    closure = tuple(new if other is cell else other for other in wrapper.__closure__ or ())
+    made = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, closure)
+    made.__kwdefaults__ = wrapper.__kwdefaults__
+    made.__dict__.update(wrapper.__dict__)
+    return made

@@ -1,0 +1,182 @@
+"""One function inside one module: where its operations are located, and how a block comes to stand at them."""
+
+from __future__ import annotations
+
+import builtins
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from nnsight import Envoy, Mediator, OutOfOrderError, OutsideTraceError, Places
+from nnsight_source.errors import SourceError
+from nnsight_source.live import Live, find_live, look_into_call, look_into_module
+from nnsight_source.peel import peel
+from nnsight_source.place import Anchor
+from nnsight_source.rewrite import rewritten
+from nnsight_source.spots import Rewritten, Spot
+
+_UNCOUNTED = (
+    "Value was missed for `{path}`: this run had made {passes} passes over `{name}` before anything in it was asked "
+    "for, and the source does not tell how many of them reached this operation. Ask for an operation of this `.source` "
+    "in the first step too; from then on all are counted."
+)
+_UNRESOLVED = (
+    "What `{path}` calls (`{callee}`) is known only at the moment of the call: use its `.source` inside a trace, "
+    "`with model.trace(input):`."
+)
+_NOTHING: Any = object()
+
+
+class Site:
+    """One function inside one module.
+
+    Args:
+        envoy: mirrors the module.
+        function: the function, as it is now.
+        owner: what the function is bound to, None for nothing.
+        outer: the function and the operation that calls this one; None for the module's forward.
+
+    Attributes:
+        path: what `.source` of it is called in messages.
+    """
+
+    __slots__ = ("envoy", "function", "outer", "owner", "path", "places", "rewritten")
+    path: str
+
+    def __init__(
+        self, envoy: Envoy, function: FunctionType, owner: Any = None, outer: tuple[Site, Spot] | None = None
+    ) -> None:
+        self.envoy = envoy
+        self.function = function
+        self.owner = owner
+        self.outer = outer
+        self.rewritten: Rewritten = rewritten(function)
+        prefix = "" if outer is None else f"{outer[0].path.removeprefix(envoy.path)}.{outer[1].label}"
+        self.path = f"{envoy.path}{prefix}.source"
+        below = self.rewritten.below(prefix)
+        self.places = Places(envoy, (prefix, self.rewritten), below, self.rewritten.explain)
+
+    @classmethod
+    def of_module(cls, envoy: Envoy) -> Site:
+        """Return the site of a module's forward."""
+        module = envoy._module
+        return cls(envoy, peel(Anchor(module).value)[0], module)
+
+    def enter(self, spot: Spot, port: str) -> tuple[Mediator, int]:
+        """Return the block that a request belongs to, and the number of the function's first location in its run.
+
+        The run looks into the function from now on.
+
+        Raises:
+            OutsideTraceError: no block of this model is open here.
+            OutOfOrderError: it cannot be told which occurrences of the operation the run has passed.
+        """
+        name = f"{self.path.removeprefix(self.envoy.path + '.')}.{spot.label}.{port}"
+        mediator, first, around = self.places.seat(name)
+        run = mediator.run
+        if run is not None and not run.is_over:
+            live = find_live(run, first) or self._look_into(mediator, first, around)
+            if live.passes and not spot.is_always_reached:
+                path = f"{self.path}.{spot.label}"
+                raise OutOfOrderError(_UNCOUNTED.format(path=path, passes=live.passes, name=self.rewritten.name))
+        return mediator, first
+
+    def _look_into(self, mediator: Mediator, first: int, around: int) -> Live:
+        run = mediator.run
+        assert run is not None
+        if self.outer is None:
+            return look_into_module(run, first, around, self.envoy._module, self.rewritten)
+        outer, spot = self.outer
+        _, outer_first = outer.enter(spot, "source")
+        live = find_live(run, outer_first)
+        assert live is not None
+        return look_into_call(run, first, live, spot.input, self.rewritten)
+
+    # -- what an operation calls -----------------------------------------------------------------------------------
+
+    def called(self, spot: Spot) -> Site:
+        """Return the site of the function that an operation calls.
+
+        In a block, the block waits for the call unless that function is looked into already. Elsewhere it is what the
+        names in the source mean now.
+
+        Raises:
+            SourceError: it has no source, or is not known before it is called.
+        """
+        path = f"{self.path}.{spot.label}"
+        if spot.kind != "call" or spot.input < 0:
+            what = "is no call" if spot.kind != "call" else "must be called from the frame it stands in"
+            raise SourceError(f"`{path}` {what}, so there is nothing inside it to look into.")
+        target = self._resolve(spot)
+        if isinstance(target, nn.Module):
+            return self._site_of(target, spot, path)
+        try:
+            mediator, first = self.enter(spot, "source")
+        except OutsideTraceError:
+            if target is _NOTHING:
+                raise SourceError(_UNRESOLVED.format(path=path, callee=spot.callee or "an expression")) from None
+            return self._site_of(target, spot, path)
+        live = None if mediator.run is None else find_live(mediator.run, first)
+        number = first + spot.input
+        if live is not None and mediator.run is not None and live.inner.get(spot.input):
+            step = mediator.step
+            if step is None or mediator.run.count(number) > step:
+                return self._known(live, spot, path)
+        mediator.read(number)
+        if live is None:
+            live = find_live(mediator.run, first) if mediator.run is not None else None
+        assert live is not None
+        site = self._site_of(live.called[spot.input], spot, path)
+        if site.outer is not None:
+            live.known[spot.input] = site.function, site.owner
+            site.enter_run(mediator)
+        return site
+
+    def enter_run(self, mediator: Mediator) -> None:
+        """Let a run look into the function from now on."""
+        _, first, around = self.places.seat("source")
+        if mediator.run is not None and find_live(mediator.run, first) is None:
+            self._look_into(mediator, first, around)
+
+    def _known(self, live: Live, spot: Spot, path: str) -> Site:
+        function, owner = live.known[spot.input]
+        return Site(self.envoy, function, owner, (self, spot))
+
+    def _site_of(self, target: Any, spot: Spot, path: str) -> Site:
+        if isinstance(target, nn.Module):
+            for envoy in self.envoy.root.modules():
+                if envoy._module is target:
+                    return Site.of_module(envoy)
+            raise SourceError(f"`{path}` calls a module that is not in the model, so it cannot be looked into.")
+        inner, _ = peel(target)
+        return Site(self.envoy, inner, _owner(target, inner), (self, spot))
+
+    def _resolve(self, spot: Spot) -> Any:
+        """Return what the called path means where the function is defined, without calling anything."""
+        if not spot.callee:
+            return _NOTHING
+        root, *names = spot.callee.split(".")
+        function = self.function
+        if root in self.rewritten.variables:
+            is_self = self.owner is not None and self.rewritten.arguments[:1] == (root,)
+            found = self.owner if is_self else _NOTHING
+        elif root in function.__code__.co_freevars:
+            cell = (function.__closure__ or ())[function.__code__.co_freevars.index(root)]
+            try:
+                found = cell.cell_contents
+            except ValueError:
+                found = _NOTHING
+        else:
+            found = function.__globals__.get(root, getattr(builtins, root, _NOTHING))
+        for name in names:
+            found = getattr(found, name, _NOTHING) if found is not _NOTHING else _NOTHING
+        return found
+
+
+def _owner(target: Any, inner: FunctionType) -> Any:
+    """Return what a callable passes to its function as the first argument."""
+    if isinstance(target, MethodType):
+        return target.__self__
+    return None if isinstance(target, FunctionType | partial) else target

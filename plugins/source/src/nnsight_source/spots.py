@@ -1,0 +1,140 @@
+"""What is found inside a function: its operations, each with its name, its place in the source and its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import CodeType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnsight import Interleaver
+
+#: The kinds of operations, and what the name of each is put behind.
+KINDS = {"call": "", "variable": "vars.", "operator": "ops.", "return": ""}
+
+_NEVER_PYTHON = ("MultiheadAttention.forward", "TransformerEncoderLayer.forward", "TransformerEncoder.forward")
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One operation in the source of a function.
+
+    Attributes:
+        kind: "call", "variable", "operator" or "return".
+        name: its name among its kind: `self_c_proj_0`.
+        output: the number of its output, counted from the function's first; `input` that of its input, -1 for none.
+        callee: the called thing as a dotted path, "" where it is none.
+        span: first line, first column, last line, last column, as a syntax tree counts them.
+        under: the statements whose course decides whether it is reached and how often, innermost last: line and what
+            the statement is.
+        after: the line of a return statement before it that may have been taken, 0 for none.
+    """
+
+    kind: str
+    name: str
+    input: int
+    output: int
+    callee: str
+    span: tuple[int, int, int, int]
+    under: tuple[tuple[int, str], ...]
+    after: int
+
+    @property
+    def label(self) -> str:
+        return KINDS[self.kind] + self.name
+
+    @property
+    def line(self) -> int:
+        return self.span[0]
+
+    @property
+    def is_always_reached(self) -> bool:
+        """Whether one call of the function reaches it exactly once."""
+        return not self.under and not self.after
+
+
+class Rewritten:
+    """A function compiled once more so that it passes each of its operations through a visit.
+
+    Attributes:
+        code: what it is compiled to.
+        spots: its operations, by kind and name, in the order of the source.
+        size: how many locations they are.
+        lines: its source from the `def` on; `first` is the line of that in `file`.
+        name: its qualified name.
+        arguments: the names of its arguments, and `variables` all names that are its own.
+    """
+
+    def __init__(
+        self,
+        code: CodeType,
+        spots: list[Spot],
+        size: int,
+        lines: tuple[str, ...],
+        first: int,
+        arguments: tuple[str, ...],
+    ) -> None:
+        self.code = code
+        self.spots: dict[str, dict[str, Spot]] = {kind: {} for kind in KINDS}
+        for spot in spots:
+            self.spots[spot.kind][spot.name] = spot
+        self.size = size
+        self.lines = lines
+        self.first = first
+        self.file = code.co_filename
+        self.name = code.co_qualname
+        self.arguments = arguments
+        self.variables = frozenset((*code.co_varnames, *code.co_cellvars))
+        self.always = [spot for spot in spots if spot.is_always_reached]
+        self._labels = {spot.label: spot for spot in spots}
+        self._below: dict[str, list[tuple[str, str]]] = {}
+
+    def below(self, prefix: str) -> list[tuple[str, str]]:
+        """Return the path and port of each location, below a module's path and `prefix`."""
+        known = self._below.get(prefix)
+        if known is not None:
+            return known
+        found = self._below[prefix] = [("", "")] * self.size
+        for label, spot in self._labels.items():
+            path = f"{prefix}.source.{label}"
+            if spot.input >= 0:
+                found[spot.input] = path, "input"
+            found[spot.output] = path, "output"
+        return found
+
+    def text_of(self, line: int) -> str:
+        """Return a line of the source without its indentation."""
+        return self.lines[line - self.first].strip()
+
+    def explain(self, run: Interleaver, number: int) -> str:
+        """Say why a run did not reach an operation although the module that it lies in was called."""
+        assert run.tree is not None
+        path, port = run.tree[number]
+        spot = self._labels[path.rpartition(".source.")[2]]
+        if spot.kind == "call" and port == "input" and spot.input < 0:
+            return ""
+        where = f"It is at {self.file}:{spot.line}, in `{self.name}`"
+        if self.name in _NEVER_PYTHON:
+            return (
+                f"{where}. In eval mode without gradients torch runs this as one fused C++ operation that never passes "
+                "through Python. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace, and its "
+                "operations are reached."
+            )
+        if spot.under:
+            line, what = spot.under[-1]
+            return f"{where}, {_WHY[what].format(text=self.text_of(line), line=line)}."
+        if spot.after:
+            return f"{where}, and the function returned before it (perhaps in line {spot.after})."
+        return f"{where}, which was not run up to there: another function was called in its place, or it raised."
+
+
+_WHY = {
+    "if": "under `{text}` in line {line}, and this branch was not taken",
+    "else": "in the branch taken when `{text}` in line {line} is false, and this branch was not taken",
+    "loop": "in the loop `{text}` in line {line}, whose body was not run",
+    "try": "in the `try` of line {line}, and was not run up to there",
+    "except": "in the handler `{text}` in line {line}, and nothing was handled there",
+    "case": "in `{text}` in line {line}, and this case was not the one",
+    "expression": "in a part of the expression in line {line} (`{text}`) that was not evaluated",
+    "function": "in a function that is defined in line {line} (`{text}`) and was not called",
+}
