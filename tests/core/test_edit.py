@@ -478,3 +478,23 @@ def test_modules_added_later_are_reached_by_edits():
         result = tracer.result
     assert torch.equal(seen, net.c(net.a(x)))
     assert torch.equal(result, net.b(net.c(net.a(x))))
+
+
+def test_model_that_is_edited_in_place_by_name_is_freed():
+    def make():
+        net = seeded(Net)
+        model = NNsight(net)
+        with model.edit(inplace=True) as (tracer, same):
+            for _ in tracer.iter[:1]:
+                model.h[0].output = same.h[0].output * 2
+        with model.trace(rows()):
+            pass
+        return weakref.ref(net)
+
+    make()
+    gc.collect()
+    gc.disable()
+    try:
+        assert make()() is None
+    finally:
+        gc.enable()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
+import inspect
 import linecache
 import sys
+import textwrap
 import traceback
 
 import pytest
@@ -176,7 +179,7 @@ def closing_over(scale):
         (Inner, ["torch_mul_0", "grow_0", "torch_div_0", "grow_1", "shrink_0", "torch_sum_0", "sum_0"]),
     ],
 )
-def test_result_is_the_same_and_calls_are_named(kind, names, subtests=None):  # noqa: PT028
+def test_result_is_the_same_and_calls_are_named(kind, names):
     result, source = looked_into(kind(), X)
     assert torch.equal(result, kind()(X))
     assert source.names == names
@@ -188,7 +191,8 @@ def test_all_of_the_syntax_computes_the_same():
     *got, looked_into_function = result
     assert all(map(torch.equal, got, expected))
     assert torch.equal(looked_into_function(), function())
-    assert len(source.names) == 25
+    written = ast.parse(textwrap.dedent(inspect.getsource(Rich.forward)))
+    assert len(source.names) == sum(isinstance(node, ast.Call) for node in ast.walk(written))
     assert {"values_0", "first_0", "others_0", "x_0", "count_0", "self_total_0", "result_0"} <= set(source.vars.names)
 
 
@@ -387,7 +391,7 @@ def test_fast_path_of_multihead_attention_says_how_to_reach_it():
         expected, weights = net(x, x, x, average_attn_weights=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert torch.allclose(got[0], expected.detach(), atol=1e-6)
+    assert torch.allclose(got[0].transpose(0, 1), expected.detach(), atol=1e-6)
     assert torch.allclose(pattern.view(1, 2, 3, 3), weights.detach(), atol=1e-6)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nnsight.errors import ConfigError as ConfigError
     from nnsight.errors import ConfigWarning as ConfigWarning
     from nnsight.errors import DeadlockError as DeadlockError
+    from nnsight.errors import EditFileError as EditFileError
     from nnsight.errors import GradientError as GradientError
     from nnsight.errors import InputError as InputError
     from nnsight.errors import InvokeError as InvokeError
@@ -70,8 +71,8 @@ _PUBLIC = {
     "nnsight.config": ("CONFIG",),
     "nnsight.errors": (
         "BatchError", "CacheError", "CacheFileError", "CacheWarning", "CaptureError", "ConfigError", "ConfigWarning",
-        "DeadlockError", "GradientError", "InputError", "InvokeError", "MissedProviderError", "MissingPluginError",
-        "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",
+        "DeadlockError", "EditFileError", "GradientError", "InputError", "InvokeError", "MissedProviderError",
+        "MissingPluginError", "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",  # noqa: E501
         "OrphanError", "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError",
         "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "TracerStateError",
         "UnknownPluginError", "WrapError", "WrongThreadError",

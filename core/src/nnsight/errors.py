@@ -143,3 +143,7 @@ class GradientError(NNsightError, ValueError):
 
 class RecomputeError(NNsightError, RuntimeError):
     """A checkpointed region cannot be computed again as blocks had changed it."""
+
+
+class EditFileError(NNsightError, ValueError):
+    """Edits could not be written to a file, or read from one."""

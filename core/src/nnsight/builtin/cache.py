@@ -56,16 +56,10 @@ def cache(
         InputError: one of `modules` is not in the model or never called, or an option cannot be used.
         CacheError: the run is over.
     """
-    block = tracer.current_block()
-    run, envoy = block.run, tracer._envoy
-    if run is None or run.is_over or envoy is None or (run.tree is not None and run.at == run.tree.result):
-        raise CacheError("The run of this trace is over, so a cache would record nothing. Place it before `.result`.")
-    if tracer._invokes is not None and not tracer._batched and run is tracer._run:
-        raise CacheError("With batched=False every invoke is a run of its own: place the cache inside the invokes.")
+    block, run, root = _open(tracer)
     if not (include_output or include_inputs):
         raise InputError("A cache with include_output=False and include_inputs=False would record nothing.")
     copier = make_copier(_device(device), _dtype(dtype), detach)
-    root = envoy._traced_root()
     first = [part._number for part in _chosen(root, modules)]
     numbers = [*first] if include_inputs else []
     if include_output:
@@ -76,6 +70,21 @@ def cache(
     _Seat(run, made._records, copier, getattr(block, "batch", None)).take(numbers)
     block.save(made)
     return made
+
+
+def _open(tracer: Tracer) -> tuple[Mediator, Interleaver, Envoy]:
+    """Return the block that the calling code is in, its run and the root of the model.
+
+    Raises:
+        CacheError: nothing more would pass.
+    """
+    block = tracer.current_block()
+    run, envoy = block.run, tracer._envoy
+    if run is None or run.is_over or envoy is None or (run.tree is not None and run.at == run.tree.result):
+        raise CacheError("The run of this trace is over, so a cache would record nothing. Place it before `.result`.")
+    if tracer._invokes is not None and not tracer._batched and run is tracer._run:
+        raise CacheError("With batched=False every invoke is a run of its own: place the cache inside the invokes.")
+    return block, run, envoy._traced_root()
 
 
 class _EveryVisit(dict[int, int]):

@@ -22,6 +22,9 @@ class KeptBlock(CapturedBlock):
     Args:
         block: what was captured.
         edited: the envoy that was edited.
+
+    Attributes:
+        path: where that is.
     """
 
     def __init__(self, block: CapturedBlock, edited: Envoy) -> None:
@@ -29,6 +32,7 @@ class KeptBlock(CapturedBlock):
         self.scope.outlive(edited.root)
         self._unpacks = isinstance(block.entered, tuple)
         self._edited = weakref.ref(edited)
+        self.path = edited.path
 
     def again(self) -> CapturedBlock:
         edited = self._edited()

@@ -33,7 +33,7 @@ class eproperty:  # noqa: N801 - used like `property`
             (`o_proj.input`). Any other name is a location of its own, which `publish` reaches.
         view: `view(envoy, value)` returns what a block reads; the value itself by default.
         inverse: `inverse(envoy, view, value)` returns the value that a view stands for, given the old one.
-        description: what it is, in a few words; shown by `help` and in the repr of the envoy.
+        description: what it is, in a few words; shown by `help`.
 
     Example:
         >>> class Attention(Envoy):

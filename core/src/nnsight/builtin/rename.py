@@ -288,8 +288,8 @@ def _envoys(given: Any) -> tuple[dict[type[Any], type[Any]], list[tuple[tuple[st
 def _homeless(mount: Envoy, target: Envoy, alias: tuple[str, ...]) -> str:
     where = ".".join(alias[:-1])
     return (
-        f"`{target._path}` cannot be called {'.'.join(alias)!r}: `{mount._path}` has no module {where!r} outside of it. "  # noqa: E501
-        "Give a name without dots, or the path of another module."
+        f"`{target._path}` cannot be called {'.'.join(alias)!r}: `{mount._path}` has no module {where!r} outside of "
+        "it. Give a name without dots, or the path of another module."
     )
 
 

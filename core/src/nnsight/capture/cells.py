@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import CellType, FrameType, FunctionType
 from typing import Any
 
@@ -49,10 +49,11 @@ class Scope:
             _check_deletions(block, self._values)
         self._live = {name: _frame_cell(frame, name) for name in live}
         self._outer_load = _outer_load(frame) if block.is_nested else None
-        marked = {name for name in block.exposed - live if name in shared or (name in bound and name in self._values)}
+        others = ((shared & names) | (bound & self._values.keys())) - live
+        marked = block.exposed & others if others else frozenset()
         if self._outer_load is not None:
-            others = block.exposed & self._outer_load.names
-            marked |= {name for name in others if _content(self._live.get(name)) is _MISSING}
+            unbound = {name for name in self._outer_load.names if _content(self._live.get(name)) is _MISSING}
+            marked |= block.exposed & unbound
         self._marked = frozenset(marked - block.deleted)
         self._cells = self._fresh_cells()
 
@@ -90,6 +91,18 @@ class Scope:
             new._values = {**self._values, **dict.fromkeys(self._owned, self._owner())}
         new._cells = new._fresh_cells()
         return new
+
+    def environment(self) -> dict[str, Any]:
+        """Return the values that the block reads from where it is written; builtins and what it binds itself are not."""  # noqa: E501
+        found: dict[str, Any] = {}
+        for name in self.block.exposed | self.block.live:
+            value = self._values.get(name, _MISSING)
+            value = _content(self._live[name]) if name in self._live else value
+            if value is _MISSING:
+                value = self._globals.get(name, _MISSING)
+            if value is not _MISSING:
+                found[name] = value
+        return found
 
     def outlive(self, owner: object) -> None:
         """Let go of the frame, since nothing will be written back, and refer weakly to what will hold this scope."""
@@ -185,18 +198,17 @@ def bind(scope: Scope, entered: Any) -> None:
     """Bind in the frame what the `as` of a captured item binds."""
     if scope.frame is None:
         return
-    values: dict[str, Any] = {}
-
-    def walk(target: Any, value: Any) -> None:
-        if isinstance(target, str):
-            values[target] = value
-        elif isinstance(target, list):
-            for inner, item in zip(target, value, strict=True):
-                walk(inner, item)
-
-    walk(scope.block.target, entered)
+    values = dict(_bound(scope.block.target, entered))
     if values:
         _store(scope.frame, values, set())
+
+
+def _bound(target: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(target, str):
+        yield target, value
+    elif isinstance(target, list):
+        for inner, item in zip(target, value, strict=True):
+            yield from _bound(inner, item)
 
 
 def _store(frame: FrameType, values: dict[str, Any], removed: set[str]) -> None:

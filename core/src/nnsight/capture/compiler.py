@@ -80,7 +80,6 @@ class Block:
         self.bound = bound - self.declared_global
         self.loaded = self._mangled(names.loaded)
         self.deleted = self._mangled(names.deleted)
-        self.exposed = self._mangled(exposed(self.parts))
         self.names = (self.bound | self.loaded) - self.declared_global
         self.variables = self.names & self.local
         self.live = _shared_names(code, self)
@@ -88,6 +87,10 @@ class Block:
         #: Whether the body cannot be compiled just as it is written.
         self._is_rewritten = names.uses_super or names.has_annotations or item < len(node.items) - 1
         self._variants: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
+
+    @functools.cached_property
+    def exposed(self) -> frozenset[str]:
+        return self._mangled(exposed(self.parts))
 
     @property
     def where(self) -> str:

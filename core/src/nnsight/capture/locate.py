@@ -89,10 +89,10 @@ def _parse(lines: list[str], first: int, last: int) -> ast.With | None:
     text = "".join(lines[first - 1 : last])
     is_indented = text[:1].isspace()
     try:
-        tree = ast.parse("if 1:\n" + text if is_indented else text)
+        # Behind as many empty lines, so that it gets its place in the file; the first line is never indented.
+        tree = ast.parse("\n" * (first - 2) + "if 1:\n" + text if is_indented else "\n" * (first - 1) + text)
     except SyntaxError:
         return None
-    ast.increment_lineno(tree, first - 2 if is_indented else first - 1)
     body = tree.body[0].body if is_indented and isinstance(tree.body[0], ast.If) else tree.body
     return body[0] if body and isinstance(body[0], ast.With) else None
 

@@ -68,7 +68,7 @@ class CapturedMediator(Mediator):
         #: What was read last: location, visit, joint value, the rows of it, and the containers of those as they were.
         self._last: tuple[int, int, Any, Any, Any] | None = None
         self._unsplit: list[Unsplit] = []
-        self.carrier = make_carrier(self._work, block.context.copy(), block.state, is_model=False)
+        self.carrier = make_carrier(self._work, block.context, block.state, is_model=False)
         super().__init__(run, self._pause, self.carrier.resume, order)
         self.line = block.scope.block.node.lineno
         self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)

@@ -52,7 +52,7 @@ class _Save:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         of_class = instance is None and owner is not type(None)  # None itself is an instance too
         if of_class and owner is not None and issubclass(owner, torch.Tensor):
-            return self  # torch's compiler takes every name in `dir(torch.Tensor)` to be there
+            return save  # torch looks at every name in `dir(torch.Tensor)`, and takes what is there to be callable
         if of_class or innermost() is None or not CONFIG.APP.PYMOUNT:
             name = (owner or type(instance)).__name__
             raise AttributeError(f"{name!r} object has no attribute 'save'", name="save", obj=instance)

@@ -33,14 +33,9 @@ _IGNORED = frozenset({
     "CACHE", "RESUME", "NOP", "PUSH_NULL", "PRECALL", "EXTENDED_ARG", "COPY", "SWAP", "LOAD_FAST_AND_CLEAR",
     "RETURN_VALUE", "RETURN_CONST", "POP_TOP",
 })  # fmt: skip
-_UNSTABLE = {dis.opmap[name] for name in _IGNORED if name in dis.opmap} | set(dis.hasjrel) | set(dis.hasjabs)
-_ATTRIBUTE = dis.opmap["LOAD_ATTR"], 1 if sys.version_info >= (3, 12) else 0
-#: What a load is taken for, and the bit of its argument that says whether it is for a call.
-_LOADS = {
-    _ATTRIBUTE[0]: _ATTRIBUTE,
-    dis.opmap.get("LOAD_METHOD", _ATTRIBUTE[0]): _ATTRIBUTE,
-    dis.opmap["LOAD_GLOBAL"]: (dis.opmap["LOAD_GLOBAL"], 1),
-}
+_GLOBAL, _ATTRIBUTE, _CACHE, _MORE = (dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_ATTR", "CACHE", "EXTENDED_ARG"))
+_LOAD_METHOD = dis.opmap.get("LOAD_METHOD", -1)
+_METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,8 @@ def compile_function(node: Function, code: CodeType, own: frozenset[str] = froze
         own: further names that are to be cells of the closure.
     """
     names = [*(name for name in code.co_freevars if name != "__class__"), *sorted(own)]
-    body: list[ast.stmt] = [_definition("factory", _arguments(names), [_bare(node)])]
+    body: list[ast.stmt]
+    body = [_definition("factory", _arguments(names), [_bare(node)])]
     owner = _owner(code) or ("Owner" if "__class__" in code.co_freevars else "")
     if owner:
         holder = ast.ClassDef(name=owner, bases=[], keywords=[], body=body, decorator_list=[])
@@ -103,11 +99,39 @@ def compile_function(node: Function, code: CodeType, own: frozenset[str] = froze
         body = [holder]
     for created in (body[0], body[0].body[0]):  # type: ignore[attr-defined]
         ast.copy_location(created, node)
-    tree = ast.Module(body=body, type_ignores=[])
+    imported = [
+        ast.Import([ast.alias(name, lineno=1, col_offset=0)], lineno=1, col_offset=0) for name in _imported(code)
+    ]
+    tree = ast.Module(body=[*imported, *body], type_ignores=[])
     found: CodeType = compile(tree, code.co_filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)
     for _ in range(3 if owner else 2):
         found = next(constant for constant in found.co_consts if isinstance(constant, CodeType))
     return _named(found, code.co_name, found.co_qualname, code.co_qualname)
+
+
+def _imported(code: CodeType) -> set[str]:
+    """Return the global names that the module may have imported: how what they hold is called depends on that.
+
+    A method is called in a way of its own, unless it is of a name that the module imports.
+    """
+    names, methods = set(), set()
+    last, argument = "", 0
+    for kind, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        argument = argument << 8 | low
+        if kind == _GLOBAL:
+            last = code.co_names[argument >> 1]
+            names.add(last)
+        elif kind == _LOAD_METHOD or (kind == _ATTRIBUTE and argument & _METHOD_BIT):
+            methods.add(last)
+        if kind not in (_GLOBAL, _CACHE, _MORE):
+            last = ""
+        if kind != _MORE:
+            argument = 0
+    found = names - methods
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            found |= _imported(inner)
+    return found
 
 
 def _named(code: CodeType, name: str, old: str, new: str) -> CodeType:
@@ -216,7 +240,7 @@ def _is_running(node: Function, code: CodeType) -> bool:
 
 
 def _is_same(left: CodeType, right: CodeType) -> bool:
-    if left.co_names != right.co_names or left.co_varnames != right.co_varnames:
+    if left.co_code != right.co_code or left.co_names != right.co_names or left.co_varnames != right.co_varnames:
         return False
     if left.co_cellvars != right.co_cellvars or left.co_freevars != right.co_freevars:
         return False
@@ -228,18 +252,7 @@ def _is_same(left: CodeType, right: CodeType) -> bool:
                 return False
         elif type(one) is not type(other) or _shown(one) != _shown(other):
             return False
-    return left.co_code == right.co_code or _raw_steps(left) == _raw_steps(right)
-
-
-def _raw_steps(code: CodeType) -> list[tuple[int, int]]:
-    """Return the instructions as numbers, without what depends on the imports of the module around."""
-    raw = code.co_code
-    # How an attribute that is called is loaded depends on whether the module imports the name before the dot.
-    return [
-        (_LOADS[kind][0], argument | _LOADS[kind][1]) if kind in _LOADS else (kind, argument)
-        for kind, argument in zip(raw[::2], raw[1::2], strict=True)
-        if kind not in _UNSTABLE
-    ]
+    return True
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import get_gradient_edge
 
 _DEEPEST = 64  # view operations between a tensor and its base
 #: Derivatives of views that keep the order of the elements: of a contiguous base they are contiguous.
@@ -23,10 +22,16 @@ _FLAT = frozenset({
 
 
 class Edge(NamedTuple):
-    """One output of a node of the graph: where a gradient arrives."""
+    """One output of a node of the graph: where a gradient arrives.
+
+    Attributes:
+        node: the node; `output` which of its outputs.
+        is_own: whether it is the tensor's own, and not that of a value which it is a view of.
+    """
 
     node: Any
     output: int
+    is_own: bool = False
 
 
 class Layout(NamedTuple):
@@ -37,24 +42,30 @@ class Layout(NamedTuple):
     offset: int
 
 
-def edge_of(tensor: torch.Tensor) -> Edge:
-    """Return where the gradient of a tensor that has one arrives."""
+def edge_of(tensor: torch.Tensor) -> Edge | None:
+    """Return where the gradient of a tensor itself arrives; None for one that has no place in a graph."""
     node = tensor.grad_fn
     if node is not None:
-        return Edge(node, tensor.output_nr)
-    return Edge(get_gradient_edge(tensor).node, 0)
+        return Edge(node, tensor.output_nr, is_own=True)
+    with torch.enable_grad():
+        viewed = tensor.view_as(tensor).grad_fn
+    accumulate = viewed.next_functions[0][0] if viewed is not None else None
+    # None for a view taken under no_grad, which requires grad only because its base does.
+    return None if accumulate is None else Edge(accumulate, 0, is_own=True)
 
 
 def edges_of(tensor: torch.Tensor) -> list[Edge]:
     """Return where the gradient of a tensor can be taken, the nearest first; nothing for one without a graph."""
-    edges = [edge_of(tensor)] if tensor.requires_grad else []
+    own = edge_of(tensor) if tensor.requires_grad else None
+    edges = [] if own is None else [own]
     base = tensor._base
     if base is None or not base.requires_grad:
         return edges
     end = edge_of(base)
+    assert end is not None
     node = tensor.grad_fn
-    if node is not None:
-        chain = edges[:1]
+    if own is not None and node is not None:
+        chain = [own]
         for _ in range(_DEEPEST):
             parents = node.next_functions  # type: ignore[union-attr]
             if not parents or parents[0][0] is None:
@@ -64,7 +75,7 @@ def edges_of(tensor: torch.Tensor) -> list[Edge]:
             if node is end.node:
                 return chain
     # A view taken under no_grad: the graph does not say how it came from its base.
-    return [*edges[:1], end]
+    return [*edges, Edge(end.node, end.output)]
 
 
 def layout_of(tensor: torch.Tensor) -> Layout | None:
@@ -83,7 +94,7 @@ def layout_at(tensor: torch.Tensor, edges: Sequence[Edge], index: int, gradient:
         index: which of them is meant.
         gradient: what has arrived there.
     """
-    if index == 0 and tensor.requires_grad:
+    if edges[index].is_own:
         return layout_of(tensor)
     base = tensor._base
     if base is None or base.dtype != tensor.dtype:
@@ -105,7 +116,7 @@ def positions_in(tensor: torch.Tensor, edges: Sequence[Edge], index: int) -> tor
     count = tensor.numel()
     with torch.no_grad():
         numbers: Any = torch.arange(1, count + 1, device=tensor.device).view(tensor.shape)
-        for node, output in edges[:index]:
+        for node, output, _ in edges[:index]:
             metadata = node._input_metadata
             given = [numbers if i == output else None for i in range(len(metadata))]
             try:

@@ -81,10 +81,13 @@ class Backward:
             raise TracerStateError("This backward pass has been entered already. Call `.backward()` again for another.")
         if not loss.requires_grad:
             raise reasons.no_graph(loss)
+        root = edge_of(loss)
+        if root is None:
+            raise reasons.no_graph(loss)
         frame = sys._getframe(1)
         self.thread = threading.get_ident()
         self._line = frame.f_lineno
-        self._pass = _Pass(edge_of(loss).node, self._call, self._has_inputs)
+        self._pass = _Pass(root.node, self._call, self._has_inputs)
         self._frame = frame
         open_block(frame, self)
         interception.begin(self.thread)
@@ -132,8 +135,9 @@ class Backward:
         """Return False for a parameter, after waiting until this pass has added to its gradient."""
         if not isinstance(tensor, torch.nn.Parameter):
             return True
-        if tensor.requires_grad and tensor.is_leaf and self._pass is not None:
-            self._pass.reach(Wanted(tensor, [edge_of(tensor)], is_sum=True))
+        own = edge_of(tensor) if tensor.requires_grad else None
+        if own is not None and tensor.is_leaf and self._pass is not None:
+            self._pass.reach(Wanted(tensor, [own], is_sum=True))
         return False
 
     def _reach(self, tensor: torch.Tensor) -> tuple[Wanted, int]:
@@ -310,7 +314,7 @@ class _Pass:
         stop = _Stop(self, wanted.tensor, index, edge)
         if wanted.is_sum:
             stop.handle = edge.node.register_hook(stop.after)
-        elif self.has_inputs and index == 0:
+        elif self.has_inputs and edge.is_own:
             # A node whose gradient is captured for `inputs=` may not run: only the tensor's own hooks do.
             stop.handle = wanted.tensor.register_hook(stop.captured)  # type: ignore[no-untyped-call]
         else:

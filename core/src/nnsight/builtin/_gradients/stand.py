@@ -55,7 +55,7 @@ class Stand:
         _check(value, tensor, name)
         assert isinstance(value, torch.Tensor)
         copy = self._copy(tensor, edges, index)
-        if index == 0 and tensor.requires_grad:
+        if edges[index].is_own:
             copy.replace(tensor, value)
         else:
             copy.part(tensor, edges, index).copy_(value)
@@ -85,7 +85,7 @@ class _Copy:
 
     def __init__(self, gradient: torch.Tensor, tensor: torch.Tensor, edges: Sequence[Edge], index: int) -> None:
         self._original = gradient
-        is_alike = index == 0 and tensor.requires_grad and tensor.is_contiguous() and gradient.is_contiguous()
+        is_alike = edges[index].is_own and tensor.is_contiguous() and gradient.is_contiguous()
         if is_alike and not gradient.requires_grad:  # the plain case, made short
             self._layout: Layout | None = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
             self.value = gradient.clone()
@@ -119,7 +119,7 @@ class _Copy:
         return self.value._version != self._version
 
     def _make_part(self, tensor: torch.Tensor, edges: Sequence[Edge], index: int) -> torch.Tensor:
-        if index == 0 and tensor.requires_grad:
+        if edges[index].is_own:
             return self.value
         layout = self._layout
         if layout is not None and layout_at(tensor, edges, index, self._original) == layout:
