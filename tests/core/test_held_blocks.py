@@ -207,7 +207,7 @@ def test_block_closed_in_another_thread_says_so_and_releases_the_model():
     thread = threading.Thread(target=work)
     thread.start()
     ready.wait()
-    with pytest.raises(WrongThreadError, match=r"The end of a block.*opened at .*test_concurrency.py:\d+.*belongs to"):
+    with pytest.raises(WrongThreadError, match=r"The end of a block.*opened at .*test_held_blocks.py:\d+.*belongs to"):
         done.pop().close()
     assert_idle(watched.net)
     x = rows()

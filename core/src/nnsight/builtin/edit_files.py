@@ -63,7 +63,7 @@ def export_edits(envoy: Envoy) -> Callable[..., Path]:
         if not root.edits:
             raise EditFileError(_NOT_YET)
         tensors: dict[str, torch.Tensor] = {}
-        edits = [_describe(kept, root, tensors) for kept in root.edits]  # type: ignore[arg-type]
+        edits = [_describe(kept, root, tensors) for kept in root.edits]
         path = _path(name, export_dir, variant)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,21 +95,26 @@ def import_edits(envoy: Envoy) -> Callable[..., None]:
             about = json.loads(text)
             if about["format"] != _FORMAT:
                 raise ValueError(f"its format is {about['format']}, and this version reads {_FORMAT}")
-            edits = [(entry, _values(entry, envoy.root, tensors)) for entry in about["edits"]]  # type: ignore[arg-type]
+            edits = [(entry, _values(entry, envoy.root, tensors)) for entry in about["edits"]]
         except OSError as error:
             raise EditFileError(f"No edits can be read from {str(path)!r}: {error.strerror or error}.") from error
         except (ValueError, KeyError, TypeError, ImportError, NotInTreeError) as error:
             raise EditFileError(f"The edits in {str(path)!r} cannot be used: {error}.") from error
         for index, (entry, values) in enumerate(edits):
             edited = envoy.root.get(entry["envoy"])
+            known = len(envoy.root.edits)
             _run(entry, {**values, _ITEM: Edit(edited, inplace=True)}, f"<edit {index} of {name}, {variant}>")
+            if len(envoy.root.edits) == known:
+                raise EditFileError(
+                    f"The edits in {str(path)!r} cannot be used: number {index} is no block of its own."
+                )
 
     return load
 
 
 def _path(name: str, folder: str | os.PathLike[str] | None, variant: str) -> Path:
     for part in (name, variant):
-        if not part or Path(part).name != part:
+        if part in ("", ".", "..") or Path(part).name != part:
             raise EditFileError(f"{part!r} cannot be the name of exported edits: it would be no plain file name.")
     root = CONFIG.APP.CACHE_DIR / "exports" if folder is None else Path(folder)
     return root / name / f"{variant}.safetensors"
@@ -118,7 +123,7 @@ def _path(name: str, folder: str | os.PathLike[str] | None, variant: str) -> Pat
 # -- writing
 
 
-def _describe(kept: Any, root: Envoy, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _describe(kept: Any, root: AnyEnvoy, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return an edit as JSON; its tensors are added to `tensors`."""
     scope = kept.scope.again()
     block: Block = scope.block
@@ -144,7 +149,7 @@ def _names(node: ast.AST) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else ()
 
 
-def _pack(value: Any, what: str, block: Block, root: Envoy, tensors: dict[str, torch.Tensor]) -> Any:
+def _pack(value: Any, what: str, block: Block, root: AnyEnvoy, tensors: dict[str, torch.Tensor]) -> Any:
     """Return a value as JSON that refers to tensors by name: itself, or {kind: content}."""
     if value is None or type(value) in (bool, int, str):
         return value
@@ -190,13 +195,17 @@ def _name_of(kind: type) -> str:
 # -- reading
 
 
-def _values(entry: dict[str, Any], root: Envoy, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _values(entry: dict[str, Any], root: AnyEnvoy, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     root.get(entry["envoy"])
-    ast.parse(entry["source"])
+    body = ast.parse(entry["source"]).body
+    # So that nothing of it runs before a trace does.
+    first = body[0].items[0].context_expr if len(body) == 1 and isinstance(body[0], ast.With) else None
+    if not isinstance(first, ast.Name) or first.id != _ITEM:
+        raise ValueError("it holds something else than edits")
     return {name: _unpack(packed, root, tensors) for name, packed in entry["names"].items()}
 
 
-def _unpack(packed: Any, root: Envoy, tensors: dict[str, torch.Tensor]) -> Any:
+def _unpack(packed: Any, root: AnyEnvoy, tensors: dict[str, torch.Tensor]) -> Any:
     if not isinstance(packed, dict):
         return packed
     kind, content = next(iter(packed.items()))

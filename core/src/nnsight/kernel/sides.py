@@ -53,7 +53,10 @@ class _Idle:
     """What one thread has left to do, and its idle workers. They refer to nothing; making one costs a trace."""
 
     def __init__(self) -> None:
-        self.workers: list[_Worker] = []
+        # Apart, because a new greenlet goes on counting the depth of recursion of whoever starts it: a worker that
+        # was made for a block, deep in a model, must not carry the next model.
+        self.models: list[_Worker] = []
+        self.blocks: list[_Worker] = []
         self.abandoned: list[GreenletCarrier] = []
 
     def take_down(self) -> None:
@@ -94,10 +97,13 @@ class _Worker(greenlet):
             # nothing in its turn may be kept that way; to anybody else the worker hands back by ending.
             is_lasting = parent is not None and (parent.parent is None or isinstance(parent, _Worker))
             home, self.home = self.home, None
-            if not is_lasting or home is None or len(home.workers) >= _POOL_SIZE:
+            if not is_lasting or home is None:
                 return
-            home.workers.append(self)
-            del home
+            resting = home.models if parent is not None and parent.parent is None else home.blocks
+            if len(resting) >= _POOL_SIZE:
+                return
+            resting.append(self)
+            del home, resting
             assert parent is not None
             parent.switch()
             del parent
@@ -169,7 +175,8 @@ class GreenletCarrier:
         _check_thread(self.thread)
         home = _local.idle
         home.take_down()
-        worker = self._worker = home.workers.pop() if home.workers else _Worker()
+        resting = home.models if self._is_model else home.blocks
+        worker = self._worker = resting.pop() if resting else _Worker()
         worker.home = home
         worker.gr_context = self._context
         worker.job = self._work
