@@ -26,9 +26,10 @@ class Barrier:
         Raises:
             DeadlockError: fewer blocks come here than it waits for.
         """
+        block = self._tracer.current_block()  # before counting: a call that is refused has not arrived
         self._arrived += 1
         needed = -(-self._arrived // self._count) * self._count  # the end of this round
-        self._tracer.current_block().wait_until(
+        block.wait_until(
             lambda: self._arrived >= needed,
             f"a barrier of {self._count} blocks, at which {self._count - (needed - self._arrived)} had come",
         )
