@@ -227,6 +227,27 @@ def test_autocast_without_cache_stays_on_its_side(net, model):
     assert torch.is_autocast_cache_enabled()
 
 
+def test_cast_cache_that_is_off_without_autocast_stays_on_its_side():
+    class Casting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), torch.autocast("cpu", enabled=False):
+                x = self.a(x)
+            return self.b(x)
+
+    model = NNsight(Casting())
+    with model.trace(rows()):
+        _ = model.a.output
+        assert torch.is_autocast_cache_enabled()
+        with torch.autocast("cpu", torch.bfloat16):  # puts back what it found
+            _ = model.b.output
+        assert torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
 # -- inference mode
 
 

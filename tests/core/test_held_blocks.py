@@ -204,7 +204,7 @@ def test_block_closed_in_another_thread_says_so_and_releases_the_model():
         with watched.model.trace(rows()):  # comes by: takes down what was left
             _ = watched.model.a.output
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     ready.wait()
     with pytest.raises(WrongThreadError, match=r"The end of a block.*opened at .*test_held_blocks.py:\d+.*belongs to"):
@@ -238,25 +238,27 @@ def test_block_whose_thread_has_ended_says_so_and_releases_the_model():
 
 
 def test_block_abandoned_before_its_thread_ends_is_let_go():
-    watched = Watched()
-    opened, ready, closed = [], threading.Event(), threading.Event()
+    def scenario():
+        watched = Watched()
+        opened, ready, closed = [], threading.Event(), threading.Event()
 
-    def work():
-        opened.append(watched.held())  # noqa: F821
-        next(opened[0])
-        ready.set()
-        closed.wait()
+        def work():
+            opened.append(watched.held())
+            next(opened[0])
+            ready.set()
+            closed.wait()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    ready.wait()
-    with pytest.raises(WrongThreadError, match="The end of a block"):
-        opened.pop().close()
-    closed.set()
-    thread.join()
-    assert_usable(watched.model, watched.net, rows())
-    reference = weakref.ref(watched.net.a.weight)
-    del watched, work, thread
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        ready.wait()
+        with pytest.raises(WrongThreadError, match="The end of a block"):
+            opened.pop().close()
+        closed.set()
+        thread.join()
+        assert_usable(watched.model, watched.net, rows())
+        return weakref.ref(watched.net.a.weight)
+
+    reference = scenario()
     gc.collect()
     assert reference() is None
 
@@ -275,7 +277,7 @@ def test_block_collected_in_another_thread_says_so(monkeypatch):
         ready.set()
         collected.wait()
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     ready.wait()
     gc.collect()

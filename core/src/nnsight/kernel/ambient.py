@@ -30,6 +30,7 @@ from torch._C._autograd import (
 from torch.utils import _device, _python_dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+is_autocast_cache_enabled = torch.is_autocast_cache_enabled
 is_grad_enabled = torch.is_grad_enabled
 is_inference_mode_enabled = torch.is_inference_mode_enabled
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -98,6 +99,7 @@ def probe() -> State:
         _len_torch_function_stack()
         or _len_torch_dispatch_stack()
         or _is_any_autocast_enabled()
+        or not is_autocast_cache_enabled()
         or _top_saved_tensors_default_hooks(True) is not None
         or is_inference_mode_enabled()
         or torch.cuda._initialized
