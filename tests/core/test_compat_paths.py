@@ -59,7 +59,7 @@ def test_every_old_name_is_the_new_object_or_says_what_is_missing(path, name):
     try:
         expected = getattr(importlib.import_module(home), attribute)
     except MissingPluginError:
-        with pytest.raises(MissingPluginError, match=f"'{attribute}' is provided by .* pip install"):
+        with pytest.raises(MissingPluginError, match=f"'{attribute}'.* pip install"):
             getattr(module, name)
     except ImportError:
         with pytest.raises(ImportError, match=f"{name} stands for '{attribute}' of '{home}', which this version"):

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from nnsight.errors import WrongThreadError as WrongThreadError
     from nnsight.hookspecs import hookimpl as hookimpl
     from nnsight.joint.containers import register_container as register_container
+    from nnsight.joint.invoker import Capture as Capture
     from nnsight.joint.invoker import Invoker as Invoker
     from nnsight.kernel.controller import current_run as current_run
     from nnsight.kernel.interleaver import Interleaver as Interleaver
@@ -83,7 +84,7 @@ _PUBLIC = {
     "nnsight.kernel.mediator": ("Mediator",),
     "nnsight.kernel.places": ("Places",),
     "nnsight.joint.containers": ("register_container",),
-    "nnsight.joint.invoker": ("Invoker",),
+    "nnsight.joint.invoker": ("Capture", "Invoker"),
     "nnsight.tracing.model": ("Envoy", "NNsight", "traceable"),
     "nnsight.tracing.saving": ("save",),
     "nnsight.tracing.tracer": ("Tracer",),

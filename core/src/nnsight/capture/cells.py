@@ -137,6 +137,12 @@ class Scope:
                 gone.add(name)
         return bound, gone
 
+    def give(self, values: dict[str, Any]) -> None:
+        """Bind names of the block where it is written, as if the block had run there and bound them."""
+        for name, value in values.items():
+            self._cells[name].cell_contents = value
+        write_back([self])
+
     def close(self) -> None:
         """Refer to nothing any more."""
         self.is_over = True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from nnsight.capture.cells import write_back
 from nnsight.errors import InvokeError
@@ -72,9 +70,7 @@ class Invokes:
         args = (*args, *joint.args)
         shared = None
         if len(fed) > 1:
-            root = envoy.root
-            tables = {tensor.untyped_storage()._cdata for tensor in _tensors(root._module)}
-            shared = Joint(joint.rows or 0, args, kwargs, envoy._rows, tables)
+            shared = Joint(joint.rows or 0, args, kwargs, envoy._rows, envoy._tables())
         self._take_part(run, shared)
         return function(*args, **kwargs)
 
@@ -127,8 +123,3 @@ class Invokes:
             block.scope.close()
         self.entries = []
         self._envoy = self._function = self.owner = None
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

@@ -65,7 +65,7 @@ class Envoy(kernel.Envoy):
         if remote or backend is not None:
             from nnsight import plugins  # lazy: a transport is a plugin
 
-            opened: Tracer = plugins.open_remote(self, method, args, kwargs, remote, backend)
+            opened: Tracer = plugins.open_remote(self, method, args, kwargs, remote, backend, function, batched)
             return opened
         return Tracer(self, method, function, args, kwargs, batched)
 
@@ -99,6 +99,11 @@ class Envoy(kernel.Envoy):
         """Return which slice of dim 0 of a tensor is an invoke's."""
         root = self.root
         return root.rows(tensor, batch) if isinstance(root, NNsight) else NNsight.rows(self, tensor, batch)  # type: ignore[arg-type]
+
+    def _tables(self) -> set[int]:
+        """Return the storages of the model's parameters and buffers: they hold no rows of a batch."""
+        module = self.root._module
+        return {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
 
     def _without_input(
         self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

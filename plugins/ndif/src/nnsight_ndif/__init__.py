@@ -1,0 +1,5 @@
+"""Blocks that run in another process: here, in an isolated one (`remote="local"`)."""
+
+from __future__ import annotations
+
+from nnsight_ndif.local import open_remote as open_remote

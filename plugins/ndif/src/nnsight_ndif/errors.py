@@ -1,0 +1,29 @@
+"""The errors of blocks that run in another process."""
+
+from __future__ import annotations
+
+from nnsight import NNsightError
+
+
+class RunnerError(NNsightError, RuntimeError):
+    """The process that runs a block has ended before the block did, or could not be started."""
+
+
+class RunnerTimeoutError(RunnerError, TimeoutError):
+    """A block took longer than it may; its process was killed."""
+
+
+class FrameError(RunnerError, ValueError):
+    """A message from a runner is malformed, too large, or asks for something that is not there."""
+
+
+class IsolationError(RunnerError, OSError):
+    """The system cannot give an isolation that the operator has not waived."""
+
+
+class NotInRunnerError(NNsightError, NotImplementedError):
+    """Something that works in the caller's own process does not work in a runner."""
+
+
+class RemoteBlockError(RunnerError):
+    """A block raised an exception whose class is not known here; its name and message are in this one's."""

@@ -1,0 +1,94 @@
+"""A check of indices before a module looks them up: out of range they would end a CUDA context, not just the call.
+
+It takes a seat of its own in every run that a runner's block takes part in, behind all other blocks, and looks at what
+embeddings are given once the block has written anything.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight import InputError, Interleaver, Mediator, NNsight, current_run
+
+
+class Guard:
+    """Checks the indices that the embeddings of a model are given.
+
+    Attributes:
+        has_written: whether the block has put anything in place of the model's own.
+    """
+
+    def __init__(self, root: NNsight) -> None:
+        self._embeddings = [envoy for _, envoy in root.named_modules() if isinstance(envoy._module, nn.Embedding)]
+        self.has_written = False
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that takes the seats in the run it is called in, and then does what `function` does."""
+
+        def run_guarded(*args: Any, **kwargs: Any) -> Any:
+            run = current_run.get()
+            if run is not None:
+                for envoy in self._embeddings:
+                    number = run.number_of(envoy._module)
+                    if number is not None:
+                        _Seat(run, number, self, envoy._module)
+            return function(*args, **kwargs)
+
+        return run_guarded
+
+    def check_arguments(self, module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        """Raise when a call of a module would look up what is not there.
+
+        Raises:
+            InputError: an index is out of range.
+        """
+        if isinstance(module, nn.Embedding):
+            check(module, arguments)
+        else:
+            self.has_written = True
+
+
+class _Seat(Mediator):
+    """Looks at every call of one embedding."""
+
+    def __init__(self, run: Interleaver, number: int, guard: Guard, module: Any) -> None:
+        super().__init__(run, self._look, self._look, order=sys.maxsize)
+        self._guard = guard
+        self._module = module
+        self._input = number
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self.run is not None
+        # As one of several, although it is one: a lone number is taken for the block that drives the model.
+        self.wanted = {self._input: self.run.count(self._input)}
+        self.run.enqueue(self, self._input)
+
+    def _look(self) -> None:
+        run = self.run
+        assert run is not None
+        if self._guard.has_written:
+            check(self._module, run.value)
+        self._wait()
+
+
+def check(module: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Raise when an embedding is given an index that it has not.
+
+    Raises:
+        InputError: it is.
+    """
+    args, kwargs = arguments
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and not value.is_floating_point() and value.numel():
+            low, high = (int(bound) for bound in torch.aminmax(value.detach()))
+            if low < 0 or high >= module.num_embeddings:
+                raise InputError(
+                    f"An embedding of {module.num_embeddings} entries was given the indices {low} to {high}: they go "
+                    f"from 0 to {module.num_embeddings - 1}."
+                )

@@ -1,0 +1,113 @@
+"""`trace(..., remote="local")`: a block that is captured here and run in an isolated process on this machine."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nnsight import Capture, InputError, NNsight
+from nnsight_ndif import job, launch
+from nnsight_ndif.errors import NotInRunnerError
+from nnsight_ndif.isolation import Limits
+from nnsight_ndif.seat import Seat
+
+#: What most jobs of such a process will import, so that it is there when a runner is forked.
+_WORTH_PRELOADING = ("transformers.cache_utils", "transformers.modeling_outputs")
+
+
+def open_remote(
+    envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], remote: Any, backend: Any,
+    function: Callable[..., Any] | str | None = None, batched: bool = True,
+) -> Any:  # fmt: skip
+    """Open a trace whose block runs in another process.
+
+    Args:
+        envoy: what is traced.
+        method: the method that opened the trace.
+        args: the user's arguments.
+        kwargs: the user's keyword arguments.
+        remote: where: "local" for a process on this machine.
+        backend: a transport of the user's.
+        function: what runs the model, where it is not the module itself.
+        batched: whether invokes are one batch.
+
+    Raises:
+        InputError: there is no such place.
+        NotInRunnerError: it cannot do what was asked.
+    """
+    if remote != "local" or backend is not None:
+        what = f"remote={remote!r}" if backend is None else f"backend={backend!r}"
+        raise InputError(f"There is no place {what} here yet: `remote='local'` runs a block in a process of its own.")
+    if method == "trace" and function is not None:
+        raise NotInRunnerError("`trace(fn=...)` cannot be combined with remote: the function would stay here.")
+    return LocalRun(envoy, method, args, kwargs, function if callable(function) else None, batched)
+
+
+class LocalRun(Capture):
+    """A `with` item whose body runs in a runner."""
+
+    what = "trace"
+
+    def __init__(
+        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+        function: Callable[..., Any] | None, batched: bool, limits: Limits | None = None,
+    ) -> None:  # fmt: skip
+        self._envoy = envoy
+        self._method = method
+        self._arguments = (args, kwargs)
+        self._function = function
+        self._batched = batched
+        self._limits = limits or Limits()
+
+    def _captured(self, block: Any) -> None:
+        scope, root = block.scope, self._envoy.root
+        if not isinstance(root, NNsight):
+            raise NotInRunnerError("Only a part of a wrapped model can be traced in a runner.")
+        if not root.dispatched:
+            root.dispatch()
+        preload = [name for name in _WORTH_PRELOADING if name in sys.modules]
+        runner = launch.zygote(preload).start(self._limits)
+        try:
+            methods: dict[str, Callable[..., Any] | None] = {"trace": None, self._method: self._function}
+            seat = Seat(root, methods, runner, _print, _warn, self._limits.printed)
+            order = self._order(scope, root, runner.outgoing.put)
+            result = seat.serve(order)
+            bound = {
+                name: job.unpack_result(data, root, seat.shown.unpack)
+                for name, data in job.checked(result, scope.block.bound).items()
+            }
+        finally:
+            runner.close()
+        scope.give(bound)
+
+    def _order(self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+        order = job.dump(scope.block, scope.environment(), root, put)
+        arguments = job.dump_arguments(self._arguments, scope.block.where, root, put)
+        frame = scope.frame
+        return {
+            **order, "method": self._method, "path": self._envoy.path, "arguments": arguments, "seed": _seed(),
+            "batched": self._batched, "module": frame.f_globals.get("__name__", "__main__"),
+        }  # fmt: skip
+
+
+def _seed() -> int:
+    """Return a seed that follows from the caller's, without using up any of the caller's random numbers."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return int(torch.randint(1 << 62, (), generator=generator))
+
+
+def _print(stream: str, text: str) -> None:
+    print(text, end="", file=getattr(sys, stream))
+
+
+def _warn(message: str, category: tuple[str, str], filename: str, line: int) -> None:
+    found: Any = sys.modules.get(category[0])
+    for part in category[1].split("."):
+        found = getattr(found, part, None)
+    kind = found if isinstance(found, type) and issubclass(found, Warning) else UserWarning
+    warnings.warn_explicit(message, kind, filename, line, registry={})

@@ -1,0 +1,139 @@
+"""What a runner does: rebuild the model's stand-in and the block, run the block, send back what it saved."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import os
+import random
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import nnsight
+from nnsight import Mediator, Tracer
+from nnsight_ndif import job
+from nnsight_ndif.channel import Channel, Kind
+from nnsight_ndif.held import watch_exposure
+from nnsight_ndif.puppet import Link, StandInModel
+from nnsight_ndif.report import describe
+from nnsight_ndif.window import Window
+
+_CHUNK = 1 << 16
+#: What the block has marked, by identity. They are kept alive, so that no other object gets the place of one.
+_saved: dict[int, Any] = {}
+
+
+def warm() -> None:
+    """Import and set up what every job needs, in the process that runners are forked from."""
+    for name in ("numpy", "torch._dynamo.eval_frame"):
+        if name in sys.modules or name == "numpy":
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                continue
+    watch_exposure()
+    setattr(Mediator, "save", _save)  # noqa: B010 - in this process alone
+    model = nnsight.NNsight(torch.nn.Linear(1, 1))
+    with model.trace(torch.zeros(1, 1)):
+        model.output.save()
+    _saved.clear()
+
+
+def _save(mediator: Mediator, value: Any) -> None:
+    _saved[id(value)] = value
+
+
+class Prepared:
+    """A runner before it is confined: it has what it will need open.
+
+    Args:
+        descriptors: the socket, the window it fills, the window it reads.
+    """
+
+    def __init__(self, descriptors: list[int]) -> None:
+        self.link = Link(Channel(socket.socket(fileno=descriptors[0])), Window(descriptors[2]), Window(descriptors[1]))
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
+
+    def run(self) -> None:
+        """Run one job. Whatever it raises is sent."""
+        link = self.link
+        _, (description, order) = link.channel.receive()
+        sys.stdout, sys.stderr = _Printer(link, "stdout"), _Printer(link, "stderr")
+        warnings.showwarning = partial(_warn, link)
+        try:
+            model = StandInModel(link, description)
+            result = _execute(link, model, order)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            link.channel.send(Kind.DONE, result())
+        except BaseException as error:  # noqa: BLE001 - the border of the process
+            link.channel.send(Kind.RAISED, describe(error, _is_ours))
+
+
+def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable[[], Any]:
+    torch.manual_seed(order["seed"])
+    random.seed(order["seed"])
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(order["seed"] % (1 << 32))
+    envoy = model.get(order["path"])
+    namespace = {"__builtins__": builtins, "__name__": order["module"]}
+    block = job.Block(order, namespace, model, link.held)
+    if order["method"] == "session":
+        with model.session() as opened:
+            block.run(opened)
+    else:
+        args, kwargs = block.unpack(order["arguments"])
+        function = partial(link.drive, order["path"], order["method"])
+        tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
+        with tracer:
+            block.run(tracer)
+    return lambda: job.results(namespace, _saved, order["names"], link.held, link.theirs)
+
+
+class _Printer:
+    """A text stream whose lines go to the process of the caller."""
+
+    encoding, errors = "utf-8", "strict"
+
+    def __init__(self, link: Link, name: str) -> None:
+        self._link = link
+        self._name = name
+        self._text: list[str] = []
+
+    def write(self, text: str) -> int:
+        self._text.append(text)
+        if "\n" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        text, self._text = "".join(self._text), []
+        for start in range(0, len(text), _CHUNK):
+            self._link.channel.send(Kind.PRINT, [self._name, text[start : start + _CHUNK]])
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+
+def _warn(link: Link, message: Any, category: Any, filename: str, line: int, *_: Any) -> None:
+    text = str(message)[:_CHUNK]
+    link.channel.send(Kind.WARN, [text, [category.__module__, category.__qualname__], filename, line])
+
+
+_PACKAGES = tuple(
+    os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (nnsight, job) if module.__file__
+)
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_PACKAGES)

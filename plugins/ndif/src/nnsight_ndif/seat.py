@@ -1,0 +1,343 @@
+"""The model's end of a conversation: an ordinary block of a trace, written by whoever speaks from the runner.
+
+Each message becomes what a block may do: ask for a location, replace its value, call a module. The run cannot tell.
+Every message is taken for hostile: what does not fit is an error for the block, or, where no honest runner would send
+it, the end of the job.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsight import Mediator, NNsight
+from nnsight.protocols import Inputs
+from nnsight_ndif.channel import Kind
+from nnsight_ndif.errors import FrameError, NotInRunnerError, RunnerError
+from nnsight_ndif.guard import Guard
+from nnsight_ndif.launch import Runner
+from nnsight_ndif.report import describe, rebuild
+from nnsight_ndif.served import describe_tree, merged, moved, served
+from nnsight_ndif.shown import Shown, fit
+
+_MAX_PREPARED = 10_000
+_MAX_WANTED = 100_000
+Reply = tuple[Kind, Any]
+
+
+class _AbortedError(Exception):
+    """The block is over without the run having come to its end."""
+
+
+class Seat:
+    """Serves one job.
+
+    Args:
+        root: the model.
+        methods: what the block may run, by name: called with prepared arguments on the model side.
+        runner: the process that runs the block.
+        printed: given the name of a stream, and what the block prints there.
+        warned: given message, class (module and name), file and line of its warnings.
+        may_print: how many characters of both it may send.
+    """
+
+    def __init__(
+        self, root: NNsight, methods: dict[str, Callable[..., Any] | None], runner: Runner,
+        printed: Callable[[str, str], None], warned: Callable[[str, tuple[str, str], str, int], None],
+        may_print: int = 1 << 20,
+    ) -> None:  # fmt: skip
+        self._root = root
+        self._methods = methods
+        self._channel = runner.channel
+        self.shown = Shown(root, runner.incoming, runner.outgoing)
+        self._envoys = dict(root.named_modules())
+        self._prepared: list[Inputs] = []
+        self._blocks: list[Mediator] = []
+        self._printed = printed
+        self._warned = warned
+        self._left = may_print
+        self._guard = Guard(root)
+        self._answers: dict[Kind, Callable[[Any], Reply]] = {
+            Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
+            Kind.GO: self._go, Kind.CALL: self._call, Kind.HOOKED: self._hooked, Kind.ATTRIBUTE: self._attribute,
+        }  # fmt: skip
+
+    def serve(self, job: Any) -> Any:
+        """Run a job; return what it sends as its result.
+
+        Raises:
+            Exception: what the block has raised.
+            RunnerError: it did what no block does, or its process has ended.
+        """
+        self._channel.send(Kind.JOB, [describe_tree(self._root), job])
+        kind, content = self._converse(Kind.DONE, Kind.RAISED)
+        if kind is Kind.RAISED:
+            raise rebuild(content)
+        return content
+
+    def _converse(self, *ends: Kind) -> tuple[Kind, Any]:
+        """Answer messages until one of these kinds comes."""
+        while True:
+            kind, content = self._channel.receive()
+            if kind in (Kind.DONE, Kind.RAISED) and kind in ends:
+                return kind, content
+            if kind is Kind.PRINT:
+                self._print(content)
+            elif kind is Kind.WARN:
+                self._warn(content)
+            elif kind is Kind.DIED:
+                raise RunnerError(f"The process that runs the block has ended: {content}. {_LIKELY}")
+            else:
+                reply = self._answer(kind, content, kind in ends)
+                if reply is None:
+                    return kind, content[2]
+                self._channel.send(*reply)
+
+    def _answer(self, kind: Kind, content: Any, is_end: bool) -> Reply | None:
+        match content:
+            case [dropped, edits, request] if is_end or kind in self._answers:
+                pass
+            case _:
+                raise FrameError(f"a message of kind {kind.name} is malformed, or comes where none can")
+        self.shown.forget(dropped)
+        if is_end:
+            self.shown.apply_edits(edits)
+            return None
+        return self._attempt(kind, edits, request)
+
+    def _attempt(self, kind: Kind, edits: Any, request: Any) -> Reply:
+        """Answer one message. What goes wrong belongs to the block, unless no honest runner would have sent it."""
+        try:
+            self.shown.apply_edits(edits)
+            return self._answers[kind](request)
+        except RunnerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it belongs to the block
+            return Kind.FAILED, describe(error)
+
+    def _print(self, content: Any) -> None:
+        match content:
+            case [str(stream), str(text)] if stream in ("stdout", "stderr"):
+                self._left -= len(text)
+                if self._left < 0:
+                    raise RunnerError("The block has printed more than it may.")
+                self._printed(stream, text)
+            case _:
+                raise FrameError("a message that prints is malformed")
+
+    def _warn(self, content: Any) -> None:
+        match content:
+            case [str(message), [str(module), str(name)], str(filename), int(line)]:
+                self._left -= len(message) + 100
+                if self._left < 0:
+                    raise RunnerError("The block has warned more than it may.")
+                self._warned(message, (module, name), filename, line)
+            case _:
+                raise FrameError("a message that warns is malformed")
+
+    def _value(self, value: Any) -> Reply:
+        return Kind.VALUE, self.shown.pack(value)
+
+    # -- inputs ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, request: Any) -> Reply:
+        match request:
+            case [str(path), str(method), args, kwargs] if method in self._methods:
+                envoy = self._envoy(path)
+                args, kwargs = self.shown.unpack(args), self.shown.unpack(kwargs)
+            case _:
+                raise FrameError("a request to prepare an input is malformed")
+        if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
+            raise FrameError("a request to prepare an input has no arguments")
+        return self._kept(envoy._prepare(self._root, method, args, kwargs))
+
+    def _kept(self, inputs: Inputs) -> Reply:
+        if len(self._prepared) >= _MAX_PREPARED:
+            raise FrameError("a block has prepared more inputs than it may")
+        self._prepared.append(inputs)
+        return self._value((len(self._prepared) - 1, inputs.rows))
+
+    def _chosen(self, handles: Any) -> list[Inputs]:
+        if type(handles) is not list or not all(type(n) is int and 0 <= n < len(self._prepared) for n in handles):
+            raise FrameError("a message names an input that was not prepared")
+        return [self._prepared[number] for number in handles]
+
+    def _join(self, request: Any) -> Reply:
+        match request:
+            case [str(path), handles]:
+                return self._kept(self._envoy(path)._join(self._chosen(handles)))
+            case _:
+                raise FrameError("a request to join inputs is malformed")
+
+    def _rows(self, request: Any) -> Reply:
+        match request:
+            case [list(shape), int(start), int(size), int(total), handles]:
+                joined = merged(self._chosen(handles))
+            case _:
+                raise FrameError("a question about rows is malformed")
+        if not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+            raise FrameError("a question about rows has no shape")
+        tensor = torch.empty(1, device="meta").expand(shape)
+        joint = SimpleNamespace(total=total, args=joined.args, kwargs=joined.kwargs)
+        return self._value(self._root.rows(tensor, SimpleNamespace(start=start, size=size, joint=joint)))  # type: ignore[arg-type]
+
+    # -- runs --------------------------------------------------------------------------------------------------------
+
+    def _open(self, request: Any) -> Reply:
+        match request:
+            case [str(path), str(method), handles, wanted] if method in self._methods:
+                inputs = merged(self._chosen(handles))
+            case _:
+                raise FrameError("a request to run the model is malformed")
+        envoy = self._envoy(path)
+        function: Any = self._methods[method] if self._methods[method] is not None else envoy._module
+        if inputs.rows is None:
+            function = self._without_input(envoy, method, function, inputs)
+        depth = len(self._blocks)
+        reply = None
+        try:
+            with served(envoy, method, self._guard.around(function), inputs) as tracer:
+                block = tracer.current_block()
+                block.step = None
+                self._blocks.append(block)
+                reply = self._attempt(Kind.GO, [], [wanted, [], []])
+                if reply[0] is Kind.FAILED:
+                    raise _AbortedError
+                self._channel.send(*reply)
+                if self._converse(Kind.CLOSE)[1] is not True:
+                    raise _AbortedError
+        except _AbortedError:
+            pass
+        finally:
+            del self._blocks[depth:]
+        return reply if reply is not None and reply[0] is Kind.FAILED else self._value(None)
+
+    def _without_input(
+        self, envoy: Any, method: str, function: Callable[..., Any], inputs: Inputs
+    ) -> Callable[..., Any]:
+        found: Callable[..., Any] = envoy._without_input(method, function, inputs.args, inputs.kwargs)
+        return found
+
+    def _go(self, request: Any) -> Reply:
+        """Bring in place what the block has left of the value here, and go on to what it wants next."""
+        block = self._block()
+        run = block.run
+        match request:
+            case [list(wanted), list(assigned), list(skipped)] if len(assigned) <= 1 and len(skipped) <= 1:
+                pass
+            case _:
+                raise FrameError("a request to go on is malformed")
+        if run is None or run.tree is None:
+            raise FrameError("a run that is closed was asked to go on")
+        for data in assigned + skipped:
+            if run.at < 0:
+                raise FrameError("a value was assigned where the model stands at no location")
+            self._replace(block, run.at, self.shown.unpack(data), bool(skipped))
+        result = run.tree.result
+        locations = self._locations(block, wanted)
+        number = block.wait({result: 0, **locations})
+        counts = array.array("i", run.counts).tobytes()
+        if number == result and result not in locations:
+            return Kind.OVER, None
+        return Kind.VISIT, self.shown.pack([number, counts, run.value])
+
+    def _replace(self, block: Mediator, number: int, value: Any, is_skipped: bool) -> None:
+        assert block.run is not None and block.tree is not None
+        location = block.tree[number]
+        if is_skipped:
+            if location.port != "input":
+                raise FrameError("a module was skipped where it is not entered")
+            device = next((t.device for t in self._module(location.path).parameters()), torch.device("cpu"))
+            block.skip(number, moved(value, device))
+        else:
+            self._guard.has_written = True
+            block.write(number, fit(value, block.run.value, str(location)))
+
+    def _locations(self, block: Mediator, wanted: list[Any]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        assert block.tree is not None
+        if len(wanted) > _MAX_WANTED:
+            raise FrameError("a message asks for more locations than it may")
+        for entry in wanted:
+            match entry:
+                case [int(number), int(occurrence)] if 0 <= number < len(block.tree) and 0 <= occurrence < 1 << 31:
+                    found[number] = occurrence
+                case _:
+                    raise FrameError("a message asks for a location that is not there")
+        return found
+
+    def _block(self) -> Mediator:
+        if not self._blocks:
+            raise FrameError("a message belongs to a run, and none is open")
+        return self._blocks[-1]
+
+    # -- modules -----------------------------------------------------------------------------------------------------
+
+    def _call(self, request: Any) -> Reply:
+        module, args, kwargs, has_gradients = self._arguments(request)
+        with torch.set_grad_enabled(has_gradients):
+            return self._value(module(*args, **kwargs))
+
+    def _hooked(self, request: Any) -> Reply:
+        module, args, kwargs, _ = self._arguments(request)
+        return self._value(self._block().call(module, *args, **kwargs))
+
+    def _arguments(self, request: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], bool]:
+        match request:
+            case [str(path), tuple(args), dict(kwargs), bool(has_gradients)]:
+                module = self._module(path)
+            case _:
+                raise FrameError("a request to call a module is malformed")
+        device = next((tensor.device for tensor in module.parameters()), self._root.device or torch.device("cpu"))
+        args = moved(self.shown.unpack(args), device)
+        kwargs = moved(self.shown.unpack(kwargs), device)
+        if not all(type(name) is str for name in kwargs):
+            raise FrameError("a request to call a module has arguments without names")
+        self._guard.check_arguments(module, (args, kwargs))
+        return module, args, kwargs, has_gradients
+
+    def _module(self, path: str) -> nn.Module:
+        module: nn.Module = self._envoy(path)._module
+        return module
+
+    def _envoy(self, path: str) -> Any:
+        envoy = self._envoys.get(path)
+        if envoy is None:
+            raise FrameError(f"a message names the module {path!r}, which is not there")
+        return envoy
+
+    def _attribute(self, request: Any) -> Reply:
+        """Answer with an attribute of a module: whether it is there, and its value."""
+        match request:
+            case [str(path), None]:
+                return self._value((True, next((p.dtype for p in self._module(path).parameters()), None)))
+            case [str(path), str(name)]:
+                module = self._module(path)
+            case _:
+                raise FrameError("a request for an attribute is malformed")
+        if name.startswith("_"):
+            return self._value((False, None))
+        missing = object()
+        value = vars(module).get(name, missing)
+        for table in (module._parameters, module._buffers):
+            value = table.get(name, value)
+        if value is missing:
+            value = getattr(type(module), name, missing)
+            if value is missing:
+                return self._value((False, None))
+            if isinstance(value, property):
+                value = getattr(module, name)
+        if callable(value):
+            raise NotInRunnerError(
+                f"`{path}.{name}` is a method of the model, and a block in a runner can call modules only: "
+                f"`{path}(...)`, or what is below it."
+            )
+        return self._value((True, value))
+
+
+_LIKELY = "It may have taken more memory or processor time than it may, or done what it must not."
