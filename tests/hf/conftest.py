@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
@@ -11,52 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
 NAME = "openai-community/gpt2"
-SIZES = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-GPT_SIZES = {
-    "vocab_size": 128, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-FULL = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-#: name -> the configuration class and its arguments
-ARCHITECTURES = {
-    "gpt2": ("GPT2Config", GPT_SIZES),
-    "gpt_neox": ("GPTNeoXConfig", FULL),
-    "gptj": ("GPTJConfig", {**GPT_SIZES, "rotary_dim": 4}),
-    "opt": ("OPTConfig", {**FULL, "ffn_dim": 64, "word_embed_proj_dim": 32}),
-    "bloom": ("BloomConfig", {**FULL, "n_layer": 3, "n_head": 4}),
-    "llama": ("LlamaConfig", SIZES),
-    "mistral": ("MistralConfig", SIZES),
-    "qwen2": ("Qwen2Config", SIZES),
-    "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", {**SIZES, "head_dim": 8}),
-    "phi3": ("Phi3Config", SIZES),
-    "olmo2": ("Olmo2Config", SIZES),
-    "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
-}
-
-
-@functools.cache
-def build(name):
-    """Return a tiny random model of an architecture."""
-    import transformers
-
-    kind, sizes = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)).eval()
-    with torch.no_grad():  # as initialised, many layers hardly change what passes through them
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="session")
 def random_model():
-    return build
+    return zoo.build
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +103,7 @@ def _tensors(value):
     if isinstance(value, torch.Tensor):
         return [value.detach().clone()]
     if isinstance(value, Cache):
-        return [tensor.clone() for layer in value.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        return [tensor for layer in value.layers for kept in vars(layer).values() for tensor in _tensors(kept)]
     if isinstance(value, Mapping):
         return [tensor for item in value.values() for tensor in _tensors(item)]
     if isinstance(value, tuple | list):

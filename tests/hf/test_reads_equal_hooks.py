@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+import zoo
 
 from nnsight import LanguageModel
 
 PROMPT = "The Eiffel Tower is in the city of"
-ZOO = (
-    "gpt2", "gpt_neox", "gptj", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2",
-    "mixtral",
-)  # fmt: skip
 IDS = torch.tensor([[5, 17, 99, 3, 42, 8], [7, 7, 120, 64, 9, 31]])
 
 
@@ -65,7 +62,7 @@ def test_smollm2(smollm2, smollm2_folder, recorded, tensors):
     assert_every_module_reads_like_a_hook(smollm2, plain, recorded, tensors, **inputs)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_architecture(name, random_model, recorded, tensors):
     plain = random_model(name)
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -93,7 +90,7 @@ def test_arguments_are_those_of_pre_hooks(random_model, tensors):
     assert_same(seen, expected)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_replacing_a_layer_equals_a_hook(name, random_model, hooked):
     plain = random_model(name)
     path = f"{decoder(plain)[0]}.1"
@@ -116,7 +113,7 @@ def test_replacing_a_layer_equals_a_hook(name, random_model, hooked):
     assert not torch.allclose(logits, untouched)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_zeroing_a_layer_in_place_equals_a_hook(name, random_model, hooked):
     plain = random_model(name)
     path = f"{decoder(plain)[0]}.0"
