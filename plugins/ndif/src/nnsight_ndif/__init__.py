@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
+from nnsight_ndif.isolation import Limits as Limits
+from nnsight_ndif.local import Local as Local
 from nnsight_ndif.local import open_remote as open_remote

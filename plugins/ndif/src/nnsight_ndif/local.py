@@ -39,12 +39,25 @@ def open_remote(
         InputError: there is no such place.
         NotInRunnerError: it cannot do what was asked.
     """
-    if remote != "local" or backend is not None:
+    if backend is None and remote == "local":
+        backend = Local()
+    if not isinstance(backend, Local):
         what = f"remote={remote!r}" if backend is None else f"backend={backend!r}"
         raise InputError(f"There is no place {what} here yet: `remote='local'` runs a block in a process of its own.")
     if method == "trace" and function is not None:
         raise NotInRunnerError("`trace(fn=...)` cannot be combined with remote: the function would stay here.")
-    return LocalRun(envoy, method, args, kwargs, function if callable(function) else None, batched)
+    return LocalRun(envoy, method, args, kwargs, function if callable(function) else None, batched, backend.limits)
+
+
+class Local:
+    """A place for blocks: a process of their own on this machine, `model.trace(x, backend=Local(limits))`.
+
+    Args:
+        limits: what one block may use.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
 
 
 class LocalRun(Capture):
@@ -54,14 +67,14 @@ class LocalRun(Capture):
 
     def __init__(
         self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
-        function: Callable[..., Any] | None, batched: bool, limits: Limits | None = None,
+        function: Callable[..., Any] | None, batched: bool, limits: Limits,
     ) -> None:  # fmt: skip
         self._envoy = envoy
         self._method = method
         self._arguments = (args, kwargs)
         self._function = function
         self._batched = batched
-        self._limits = limits or Limits()
+        self._limits = limits
 
     def _captured(self, block: Any) -> None:
         scope, root = block.scope, self._envoy.root

@@ -34,6 +34,7 @@ class Link:
 
     def __init__(self, channel: Channel, incoming: Window, outgoing: Window) -> None:
         self.channel = channel
+        self._incoming = incoming
         self.modules: dict[str, StandIn] = {}
         self.held = Held(incoming, outgoing, lambda path: self.modules[path])
         #: The model's numbers of locations, by those of the tree here, and the other way round.
@@ -54,6 +55,7 @@ class Link:
             dropped, edits = self.held.begin()
             self.channel.send(kind, [dropped, edits, self.held.pack(content)])
             answer, data = self.channel.receive()
+            self._incoming.begin()
             if answer is Kind.FAILED:
                 raise rebuild(data)
             return answer, self.held.unpack(data)
@@ -165,6 +167,9 @@ class StandIn(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         raise NotInRunnerError(f"A block in a runner cannot change the model: `{self._at}.train({mode})` was called.")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotInRunnerError(f"A block in a runner cannot change the model: `{self._at}` would be moved or cast.")
 
     def _hook(self, *args: Any, **kwargs: Any) -> Any:
         raise NotInRunnerError(f"`{self._at}`: hooks of a block in a runner would never be called. Use `.output`.")

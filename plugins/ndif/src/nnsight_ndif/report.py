@@ -41,7 +41,7 @@ def describe(error: BaseException, is_ours: Any = None, depth: int = 0) -> Descr
     known = cause or context
     chained = describe(known, is_ours, depth + 1) if known is not None and depth < _MAX_CHAIN else None
     return [
-        kind.__module__, kind.__qualname__, [_plain(argument) for argument in error.args], _text(error),
+        kind.__module__, kind.__qualname__, [_plain(argument) for argument in _arguments(error)], _text(error),
         [str(note)[:_MAX_TEXT] for note in getattr(error, "__notes__", ())], lines[-_MAX_LINES:], cause is not None,
         chained,
     ]  # fmt: skip
@@ -62,8 +62,7 @@ def rebuild(data: Any, depth: int = 0) -> BaseException:
     if kind is None:
         error: BaseException = RemoteBlockError(f"{module}.{name}: {text}" if module != "builtins" else text)
     else:
-        error = kind.__new__(kind, *args)
-        error.args = tuple(args)
+        error = _make(kind, args)
         if _text(error) != text:  # its own `__str__` needs what `__init__` has made
             error = RemoteBlockError(f"{name}: {text}")
     for note in notes:
@@ -73,6 +72,13 @@ def rebuild(data: Any, depth: int = 0) -> BaseException:
         error.__cause__ = before if is_cause else None
         error.__context__ = before
     return error.with_traceback(_traceback(lines))
+
+
+def _arguments(error: BaseException) -> tuple[Any, ...]:
+    """Return what an exception was made with."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return (error.errno, error.strerror, error.filename)
+    return error.args
 
 
 def _plain(value: Any) -> Any:
@@ -102,9 +108,22 @@ def _class(module: str, name: str) -> Any:
     """Return the class of an exception, if its module is loaded; nothing is imported for it."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = None if part.startswith("__") else getattr(found, part, None)
-    is_exception = isinstance(found, type) and issubclass(found, BaseException)
-    return found if is_exception and found is not SystemExit else None
+        found = getattr(found, "__dict__", {}).get(part)  # not what a module makes when it is asked
+    return found if isinstance(found, type) and issubclass(found, Exception) else None
+
+
+def _make(kind: Any, args: list[Any]) -> BaseException:
+    """Return an exception with these arguments. Only the `__init__` of Python's own is called."""
+    error: BaseException
+    if kind.__module__ == "builtins":
+        try:
+            error = kind(*args)
+            return error
+        except TypeError:
+            pass
+    error = kind.__new__(kind, *args)
+    error.args = tuple(args)
+    return error
 
 
 def _traceback(lines: list[Any]) -> TracebackType | None:

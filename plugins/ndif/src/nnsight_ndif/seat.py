@@ -54,6 +54,7 @@ class Seat:
         self._root = root
         self._methods = methods
         self._channel = runner.channel
+        self._incoming = runner.incoming
         self.shown = Shown(root, runner.incoming, runner.outgoing)
         self._envoys = dict(root.named_modules())
         self._prepared: list[Inputs] = []
@@ -85,6 +86,7 @@ class Seat:
         while True:
             kind, content = self._channel.receive()
             if kind in (Kind.DONE, Kind.RAISED) and kind in ends:
+                self._incoming.begin()
                 return kind, content
             if kind is Kind.PRINT:
                 self._print(content)
@@ -104,6 +106,7 @@ class Seat:
                 pass
             case _:
                 raise FrameError(f"a message of kind {kind.name} is malformed, or comes where none can")
+        self._incoming.begin()
         self.shown.forget(dropped)
         if is_end:
             self.shown.apply_edits(edits)

@@ -52,10 +52,11 @@ class Window:
         self._memory = mmap.mmap(descriptor, self.size)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._used = 0
+        self._taken = 0
 
     def begin(self) -> None:
-        """Start the next message."""
-        self._used = 0
+        """Start the next message, to be written or read."""
+        self._used = self._taken = 0
 
     def put(self, tensor: torch.Tensor) -> list[object]:
         """Lay down a tensor; return what `get` needs to find it.
@@ -96,6 +97,9 @@ class Window:
         count = math.prod(shape) * dtype.itemsize
         if start < 0 or start % _ALIGNMENT or count > self.size or start + count > self.size:
             raise FrameError(f"a tensor of shape {shape} in a message is not within what was sent")
+        self._taken += count
+        if self._taken > self.size:
+            raise FrameError("the tensors of a message take more memory than what was sent")
         new = torch.empty(shape, dtype=dtype)
         if count:
             new.view(-1).view(torch.uint8).copy_(self._bytes[start : start + count])

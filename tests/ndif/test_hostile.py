@@ -1,0 +1,163 @@
+"""A runner that sends what no block would: the job ends with an error, the model is untouched, the next job runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnsight_ndif import Limits, Local
+from nnsight_ndif.errors import FrameError, RunnerError
+from nnsight_ndif.wire import Special, encode
+
+
+@pytest.fixture(autouse=True)
+def _serves_the_next(net, x):
+    before = [parameter.detach().clone() for parameter in net._module.parameters()]
+    yield
+    with net.trace(x, remote="local"):
+        result = net.output.save()
+    assert torch.equal(result, net._module(x))
+    for old, new in zip(before, net._module.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def send(net, x, kind, content):
+    """Have a block that stands at `model.0.output` send one frame, and wait for the answer."""
+    body = encode(content)
+    frame = bytes([kind]) + len(body).to_bytes(4, "little") + body
+    with net.trace(x, backend=Local(Limits(window=1 << 20))):
+        net[0].output
+        net._link.channel._socket.sendall(frame)
+        answer, _ = net._link.channel.receive()
+        answer = int(answer).save()
+    return answer
+
+
+def new(shape, start=0, dtype="float32"):
+    return Special("new", [dtype, shape, start])
+
+
+MALFORMED = {
+    "nothing": (5, None),
+    "no_list": (5, [[], []]),
+    "too_much": (5, [[], [], [[], [], []], 1]),
+    "a_number_for_the_dropped": (5, [7, [], [[], [], []]]),
+    "a_kind_of_the_models": (34, [[], [], None]),
+    "the_end_of_a_job_in_a_run": (13, {}),
+    "an_exception_in_a_run": (14, []),
+    "a_location_that_is_not_there": (5, [[], [], [[[10_000, 0]], [], []]]),
+    "a_negative_location": (5, [[], [], [[[-1, 0]], [], []]]),
+    "a_negative_occurrence": (5, [[], [], [[[1, -1]], [], []]]),
+    "a_location_that_is_no_number": (5, [[], [], [[["model.0", 0]], [], []]]),
+    "a_location_that_is_true": (5, [[], [], [[[1, 0.5]], [], []]]),
+    "two_values": (5, [[], [], [[], [1, 2], []]]),
+    "a_value_not_shown": (5, [[], [], [[], [Special("same", 999)], []]]),
+    "a_value_of_no_kind": (5, [[], [], [[], [Special("call", "os.system")], []]]),
+    "a_tensor_beyond_the_window": (5, [[], [], [[], [new([1 << 30])], []]]),
+    "a_tensor_that_starts_beyond": (5, [[], [], [[], [new([3, 8], 1 << 62)], []]]),
+    "a_tensor_that_starts_before": (5, [[], [], [[], [new([3, 8], -64)], []]]),
+    "a_tensor_not_aligned": (5, [[], [], [[], [new([3, 8], 3)], []]]),
+    "a_tensor_of_negative_size": (5, [[], [], [[], [new([-3, -8])], []]]),
+    "a_tensor_whose_size_overflows": (5, [[], [], [[], [new([1 << 32, 1 << 32, 1 << 32])], []]]),
+    "a_tensor_of_a_million_dimensions": (5, [[], [], [[], [new([1] * 1_000_000)], []]]),
+    "a_tensor_of_no_dtype": (5, [[], [], [[], [new([3, 8], 0, "object")], []]]),
+    "a_tensor_whose_size_is_text": (5, [[], [], [[], [new(["3", 8])], []]]),
+    "tensors_that_take_more_than_was_sent": (5, [[], [], [[], [[new([1 << 16])] * 10], []]]),
+    "a_class_not_shown": (5, [[], [], [[], [Special("made", ["os", "_wrap_close", None, {}])], []]]),
+    "an_edit_of_what_was_not_shown": (5, [[], [[999, ["float32", [3, 8], 0], True]], [[], [], []]]),
+    "an_edit_of_another_shape": (5, [[], [[1, ["float32", [3, 9], 0], True]], [[], [], []]]),
+    "an_edit_of_another_dtype": (5, [[], [[1, ["int64", [3, 8], 0], True]], [[], [], []]]),
+    "a_module_that_is_not_there": (8, [[], [], ["model.9", (), {}, True]]),
+    "a_call_without_arguments": (8, [[], [], ["model.0", 1, 2, 3]]),
+    "a_call_with_names_that_are_none": (8, [[], [], ["model.0", (), {1: 2}, True]]),
+    "an_attribute_of_nothing": (9, [[], [], ["model.x", "weight"]]),
+    "a_method_that_may_not_run": (1, [[], [], ["model", "dispatch", (), {}]]),
+    "an_input_that_is_none": (1, [[], [], ["model", "trace", 5, {}]]),
+    "an_input_that_was_not_prepared": (4, [[], [], ["model", "trace", [77], []]]),
+    "a_join_of_what_was_not_prepared": (2, [[], [], ["model", [0, 77]]]),
+    "rows_of_nothing": (3, [[], [], [["a"], 0, 1, 2, []]]),
+    "text_to_no_stream": (11, ["/etc/passwd", "text"]),
+    "a_warning_without_class": (12, ["text", "UserWarning", "file", 1]),
+    "its_own_death_told_wrong": (37, "signal 9"),
+}
+
+
+@pytest.mark.parametrize("name", list(MALFORMED))
+def test_frame_that_no_block_sends_ends_the_job(net, x, name):
+    with pytest.raises(RunnerError):
+        send(net, x, *MALFORMED[name])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x05\xff\xff\xff\xff", b"\x00\x00\x00\x00\x00", b"\xff" * 100, b"\x05\x01\x00\x00\x00?",
+        b"\x05\x05\x00\x00\x00l\xff\xff\xff\xff", b"\x05\x04\x00\x00\x00NNNN", b"\x05\x01\x00\x00\x00l",
+        b"\x05\x0b\x00\x00\x00" + b"l\x01\x00\x00\x00d\x01\x00\x00\x00l",
+    ],
+    ids=["length", "kind", "noise", "tag", "count", "too-much", "too-short", "no-key"],
+)  # fmt: skip
+def test_bytes_that_are_no_frame_end_the_job(net, x, data):
+    with pytest.raises(FrameError):
+        with net.trace(x, remote="local"):
+            net[0].output
+            net._link.channel._socket.sendall(data)
+            net._link.channel.receive()
+
+
+def test_frame_nested_without_end_ends_the_job(net, x):
+    data = b"l\x01\x00\x00\x00" * 100_000 + b"N"
+    with pytest.raises(FrameError, match="nested"):
+        with net.trace(x, remote="local"):
+            net[0].output
+            net._link.channel._socket.sendall(b"\x05" + len(data).to_bytes(4, "little") + data)
+            net._link.channel.receive()
+
+
+def test_private_attributes_of_modules_are_not_given(net, x):
+    with net.trace(x, remote="local"):
+        link = net._link
+        from nnsight_ndif.channel import Kind
+
+        found = [].save()
+        for name in ("__class__", "__dict__", "_modules", "_parameters", "__init__"):
+            found.append(link.ask(Kind.ATTRIBUTE, ["model.0", name])[1][0])
+    assert found == [False] * 5
+
+
+def test_methods_of_modules_are_not_run(net, x):
+    with pytest.raises(NotImplementedError, match="can call modules only"):
+        with net.trace(x, remote="local"):
+            net[0].reset_parameters()
+    with pytest.raises(NotImplementedError):
+        with net.trace(x, remote="local"):
+            net[0].to(torch.float64)
+
+
+def test_window_cannot_be_shrunk_under_the_model(net, x):
+    with net.trace(x, remote="local"):
+        import os
+
+        hidden = net[0].output
+        refused = 0
+        for descriptor in range(3, 64):
+            try:
+                os.ftruncate(descriptor, 0)
+            except OSError:
+                refused += 1
+        refused = refused.save()
+        net[0].output = hidden * 2
+        result = net.output.save()
+    assert refused == 61
+    assert torch.equal(result, net._module[2](torch.relu(net._module[0](x) * 2)))
+
+
+def test_value_larger_than_the_window_is_an_error(net):
+    place = Local(Limits(window=1 << 18))
+    with pytest.raises(ValueError, match=r"takes 512000 bytes.*larger window"):
+        with net.trace(torch.ones(3, 4), backend=place):
+            net[0].output = torch.ones(8000, 16)
+            net.output
+    with pytest.raises(ValueError, match=r"takes 320000 bytes.*larger window"):
+        with net.trace(torch.ones(3, 4), backend=place):
+            net[0](torch.ones(10_000, 4)).shape
