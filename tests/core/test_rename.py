@@ -169,6 +169,17 @@ def test_names_are_in_paths_the_repr_and_errors(net):
         model.transformer["layesr"]
 
 
+def test_paths_from_an_alias_that_is_called_as_the_root_is(net):
+    model = NNsight(net, rename={"transformer": "model", "h": "layers"})
+    block = model.transformer.h[0]
+    for path in ("model.transformer.h.0", "model.layers.0", "model.h.0", "transformer.layers.0", "model.model.h.0"):
+        assert model.get(path) is block
+    assert model.get("model.lm_head") is model.lm_head and model.get("model") is model
+    with model.trace(rows()) as tracer:
+        cache = tracer.cache(modules=["model.layers.0", "model.lm_head"])
+    assert len(cache) == 2 and torch.equal(cache.model.layers[0].output, cache["model.transformer.h.0"].output)
+
+
 def test_names_follow_when_the_tree_changes(net):
     model = NNsight(net, rename={"attn": "self_attn", "transformer.h": "layers", "adapter": "extra"})
     first = model.layers[0]
@@ -250,6 +261,14 @@ def test_envoy_classes_by_type_path_and_for_all(net):
 def test_envoy_classes_by_alias(net):
     model = NNsight(net, rename={"attn": "self_attn", "h": "layers"}, envoys={"layers.*.self_attn": Marked})
     assert type(model.transformer.h[2].attn) is Marked and type(model.transformer.h[2].mlp) is Envoy
+
+
+def test_envoy_classes_by_alias_of_a_path(net):
+    names = {"transformer.h": "layers", "transformer.h.*.attn": "self_attn", ".transformer.h.0.mlp": "first_mlp"}
+    model = NNsight(net, rename=names, envoys={"layers.*.self_attn": Marked, "first_mlp": Other})
+    assert {type(block.attn) for block in model.layers} == {Marked}
+    assert [type(block.mlp) for block in model.layers] == [Other, Envoy, Envoy]
+    NNsight(net, rename={"a": "b", "b": "a"}, envoys={"a": Marked})  # names that go round
 
 
 @pytest.mark.parametrize("envoys", [{"h": int}, {"h": nn.Linear}, {3: Marked}, {"": Marked}, nn.Linear])

@@ -6,7 +6,7 @@ modules keep the names they have. Names are given again whenever the tree has ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -75,17 +75,28 @@ class Naming:
                 return self.by_class[cls]
         parts = path.split(".")
         for pattern, found in self.by_path:
-            tail = parts[-len(pattern) :]
-            if len(tail) == len(pattern) and all(map(self._means, pattern, tail)):
+            if self._leads(pattern, parts, self.rules):
                 return found
         return default
 
-    def _means(self, wanted: str, name: str) -> bool:
-        """Return whether a part of a path is what is wanted, or has that for an alias."""
-        if wanted in ("*", name):
+    def _leads(self, pattern: Sequence[str], path: list[str], rules: list[Rule]) -> bool:
+        """Return whether a path ends as a pattern says, part by part, under original names or aliases."""
+        above = len(path) - len(pattern)
+        return above >= 0 and all(
+            self._means(wanted, path[: above + index + 1], rules) for index, wanted in enumerate(pattern)
+        )
+
+    def _means(self, wanted: str, path: list[str], rules: list[Rule]) -> bool:
+        """Return whether the module at a path is called what is wanted, by itself or by one of the rules."""
+        if wanted in ("*", path[-1]):
             return True
-        sources = [rule.parts[0] for rule in self.rules if len(rule.parts) == 1 and (wanted,) in rule.aliases]
-        return any(source != wanted and self._means(source, name) for source in sources)
+        for rule in rules:
+            if rule.parts and any(alias[-1] == wanted for alias in rule.aliases):
+                if rule.is_anchored and len(path) != len(rule.parts) + 1:
+                    continue
+                if self._leads(rule.parts, path, [other for other in rules if other is not rule]):
+                    return True
+        return False
 
     def apply(self, root: Any) -> None:
         """Give every module below a root its other names.

@@ -227,7 +227,8 @@ class Envoy:
         """
         names = path.split(".") if path else []
         if names and names[0] == ROOT and self._parent is None and ROOT not in self._children:
-            names = names[1:]
+            is_root = ROOT not in self._aliases or names[1:2] == [] or names[1] in {**self._children, **self._aliases}
+            names = names[1:] if is_root else names  # where an alias is `model`, too, what is below it counts
         found: Any = self
         for name in names:
             child = found._children.get(name) if isinstance(found, Envoy) else None

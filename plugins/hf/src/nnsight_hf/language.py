@@ -21,6 +21,7 @@ from nnsight_hf.generation import Generator, StepStreamer, can_stream
 from nnsight_hf.inputs import pad_id, prepare
 from nnsight_hf.joining import align, copies_per_prompt, rows_of
 from nnsight_hf.loading import Checkpoint, check_device_map, locate, parse_dtype, read_tokenizer
+from nnsight_hf.standard import StandardNames, names_of, sizes_of
 
 # One model at a time: two threads may open the first trace of one model, and loading needs the memory twice anyway.
 _loading = threading.RLock()
@@ -37,7 +38,12 @@ class LanguageModel(NNsight):
         device_map: where the weights go: "auto", a device, or a dict from names of modules to devices.
         dispatch: load the weights now instead of at the first run.
         dtype: what the weights are cast to: a dtype, its name, or "auto" (also None) for what they were saved as.
-        rename: other names for modules of the tree.
+        rename: other names for modules of the tree, as `NNsight` takes them.
+        envoys: envoy classes for modules, as `NNsight` takes them.
+        strict_rename: whether a key of `rename` that matches nothing is an error.
+        standard_names: whether the parts get the same names whatever the architecture: `layers[i].self_attn`, `.mlp`,
+            `embed_tokens`, `ln_final`, `lm_head` (also below `.model`), and `num_layers`, `num_heads`,
+            `hidden_size`, `vocab_size`. The original names stay valid.
         revision: branch, tag or commit of the repository.
         attn_implementation: "sdpa", "eager", ...
         trust_remote_code: whether code that comes with the model may run.
@@ -48,6 +54,10 @@ class LanguageModel(NNsight):
     Attributes:
         tokenizer: the tokenizer; None for a loaded model that was given without one.
         repo_id: what the model was called.
+        num_layers: how many layers there are; this and the next three only with `standard_names`.
+        num_heads: how many heads a layer's attention has; absent where there is none.
+        hidden_size: the size of the residual stream.
+        vocab_size: how many logits there are for each token.
         generator: given the ids that `generate` returns, so that blocks can read them; its `streamer` is given the
             ids of each step.
 
@@ -55,6 +65,8 @@ class LanguageModel(NNsight):
         LoadError: there is no such model.
         InputError: `dtype` or `device_map` is none.
         WrapError: the object given is no module.
+        NamingError: two modules would have one name, a key matches nothing and `strict_rename` is set, or the
+            standard names of the architecture are not known.
 
     Example:
         >>> model = LanguageModel("openai-community/gpt2", device_map="auto")
@@ -67,6 +79,11 @@ class LanguageModel(NNsight):
     tokenizer: Any
     repo_id: str
     generator: Envoy
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    vocab_size: int
+    _standard: StandardNames | None = None
     _checkpoint: Checkpoint | None
     _is_dispatched: bool
     _tokenizer_problem: str
@@ -83,6 +100,9 @@ class LanguageModel(NNsight):
         dtype: Any = None,
         torch_dtype: Any = None,
         rename: dict[Any, Any] | None = None,
+        envoys: Any = None,
+        strict_rename: bool = False,
+        standard_names: bool = False,
         revision: str | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
@@ -107,8 +127,13 @@ class LanguageModel(NNsight):
         else:
             module = model
         caches.register()
-        renaming: dict[str, Any] = {} if rename is None else {"rename": rename}
-        super().__init__(module, **renaming)
+        standard = names_of(module) if standard_names else None
+        if standard is not None:
+            rename, envoys = standard.given(rename, envoys)
+        super().__init__(module, rename=rename, envoys=envoys, strict_rename=strict_rename)
+        if standard is not None:
+            standard.check(self)
+            self.__dict__.update(sizes_of(module), _standard=standard)
         self._checkpoint = checkpoint
         self._is_dispatched = checkpoint is None
         self.repo_id = checkpoint.name if checkpoint is not None else str(getattr(module, "name_or_path", ""))
@@ -117,6 +142,13 @@ class LanguageModel(NNsight):
         self.mount("generator", Generator(), ends_steps=True)
         if dispatch:
             self.dispatch()
+
+    def __getattr__(self, name: str) -> Any:
+        standard = self.__dict__.get("_standard")
+        error = None if standard is None else standard.error(self._path, name)
+        if error is not None:
+            raise error
+        return super().__getattr__(name)
 
     @property
     def _model(self) -> nn.Module:
