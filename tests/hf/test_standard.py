@@ -60,7 +60,7 @@ def run_hooked(plain, parts, change=None):
 
         def hook(_module, _args, output, name=name):
             if name == change:
-                output = tuple([first(output) * 0, *output[1:]]) if isinstance(output, tuple) else output * 0
+                output = (first(output) * 0, *output[1:]) if isinstance(output, tuple) else output * 0
             seen[name] = first(output).clone()
             return output
 
@@ -114,7 +114,7 @@ def test_names_are_absent_where_the_architecture_has_no_such_part(name):
 @pytest.mark.parametrize("part", ["self_attn", "mlp"])
 def test_an_edit_of_a_part_is_what_a_hook_does(name, part):
     plain = zoo.build(name)
-    expected, logits = run_hooked(plain, parts_of(plain), change=f"layers.1.{part}")
+    _, logits = run_hooked(plain, parts_of(plain), change=f"layers.1.{part}")
     model = LanguageModel(plain, standard_names=True)
     with torch.no_grad(), model.trace(IDS):
         output = getattr(model.layers[1], part).output

@@ -127,13 +127,7 @@ class LanguageModel(NNsight):
         else:
             module = model
         caches.register()
-        standard = names_of(module) if standard_names else None
-        if standard is not None:
-            rename, envoys = standard.given(rename, envoys)
-        super().__init__(module, rename=rename, envoys=envoys, strict_rename=strict_rename)
-        if standard is not None:
-            standard.check(self)
-            self.__dict__.update(sizes_of(module), _standard=standard)
+        self._wrap(module, rename, envoys, strict_rename, names_of(module) if standard_names else None)
         self._checkpoint = checkpoint
         self._is_dispatched = checkpoint is None
         self.repo_id = checkpoint.name if checkpoint is not None else str(getattr(module, "name_or_path", ""))
@@ -142,6 +136,17 @@ class LanguageModel(NNsight):
         self.mount("generator", Generator(), ends_steps=True)
         if dispatch:
             self.dispatch()
+
+    def _wrap(
+        self, module: nn.Module, rename: Any, envoys: Any, is_strict: bool, standard: StandardNames | None
+    ) -> None:
+        """Wrap the module, with the standard names if there are any."""
+        if standard is not None:
+            rename, envoys = standard.given(rename, envoys)
+        super().__init__(module, rename=rename, envoys=envoys, strict_rename=is_strict)
+        if standard is not None:
+            standard.check(self)
+            self.__dict__.update(sizes_of(module), _standard=standard)
 
     def __getattr__(self, name: str) -> Any:
         standard = self.__dict__.get("_standard")

@@ -91,7 +91,7 @@ class StandardLayer(Envoy):
             names = names_of(self.root._module)
             if name in names.spans:
                 first, last = names.spans[name]
-                return Span(self[first], self[last])
+                return Span(self.get(first), self.get(last))
             error = names.error(self.path, name)
             if error is not None:
                 raise error
