@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nnsight_ndif.bridge import Pins, Pull
 from nnsight_ndif.errors import NotInRunnerError
 from nnsight_ndif.values import pack_simple, unknown, unpack_simple
 from nnsight_ndif.window import Window
@@ -43,9 +44,10 @@ class Held:
     Args:
         incoming: the window that the model's end fills; `outgoing` the one it reads.
         module: returns the stand-in of the module at a path.
+        pull: asks the model for gradients.
     """
 
-    def __init__(self, incoming: Window, outgoing: Window, module: Callable[[str], Any]) -> None:
+    def __init__(self, incoming: Window, outgoing: Window, module: Callable[[str], Any], pull: Pull) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
         self._module = module
@@ -55,6 +57,9 @@ class Held:
         self._dropped: list[int] = []
         #: Keeps tensors until the next message: an edit of one that the block lets go of right away counts, too.
         self._alive: dict[int, torch.Tensor] = {}
+        self._pins = Pins(pull)
+        #: Which tensors are known to require gradients at the other end.
+        self._tracked: set[int] = set()
         #: What was in each object when it was shown, to tell whether the block has changed it.
         self._contents: dict[int, list[Any]] = {}
         #: The classes of objects that the model has shown: the block may send others of them.
@@ -70,8 +75,8 @@ class Held:
         if found is not NotImplemented:
             return found
         match data:
-            case Special("tensor", [number, place, requires_grad, is_table]):
-                return self._tensor(number, place, requires_grad, is_table)
+            case Special("tensor", [number, place, is_table, history]):
+                return self._tensor(number, place, is_table, history)
             case Special("fresh", place):
                 return self._incoming.get(place)
             case Special("same" | "again", number):
@@ -88,16 +93,21 @@ class Held:
                 return self._object(number, _class(module, name), name, items, fields)
         raise unknown(data)
 
-    def _tensor(self, number: int, place: Any, requires_grad: bool, is_table: bool) -> torch.Tensor:
+    def _tensor(self, number: int, place: Any, is_table: bool, history: list[Any] | None) -> torch.Tensor:
         tensor: torch.Tensor | None = self._known(number)
         new = self._incoming.get(place)
+        if history is not None:
+            new = self._pins.connect(new, *history)
         if tensor is None:
             tensor = self._keep(number, new)
             if is_table:
                 self.tables.add(tensor.untyped_storage()._cdata)
         else:
-            with torch.no_grad():
+            with torch.set_grad_enabled(history is not None):
                 tensor.copy_(new)  # the model has edited it since
+        if history is not None:
+            self._pins.pin(tensor, history[0])
+            self._tracked.add(number)
         self._versions[number] = tensor._version
         self._alive[number] = tensor
         return tensor
@@ -136,6 +146,7 @@ class Held:
         self._values.pop(number, None)
         self._versions.pop(number, None)
         self._contents.pop(number, None)
+        self._tracked.discard(number)
         if self._numbers.get(place) == number:
             del self._numbers[place]
         self._dropped.append(number)
@@ -152,10 +163,17 @@ class Held:
             tensor = self._values[number]()
             if tensor is None:
                 continue
+            if tensor.requires_grad and tensor.is_leaf and number not in self._tracked:
+                self._tracked.add(number)
+                edits.append([number, None, True, self._pins.pin(tensor)])  # the block wants its gradient
             is_certain = tensor._version != version
             if is_certain or tensor.untyped_storage().data_ptr() in _exposed:
                 self._versions[number] = tensor._version
-                edits.append([number, self._outgoing.put(tensor), is_certain])
+                is_tied = is_certain and tensor.requires_grad and not tensor.is_leaf
+                key = self._pins.pin(tensor) if is_tied else None
+                if is_tied:
+                    self._tracked.add(number)
+                edits.append([number, self._outgoing.put(tensor), is_certain, key])
         del tensor
         for number in list(self._alive):
             # Held by nobody but us (our dict, and the argument): the block has let go of it.
@@ -176,7 +194,10 @@ class Held:
         """
         if isinstance(value, torch.Tensor):
             number = self._numbers.get(id(value))
-            return Special("new", self._outgoing.put(value)) if number is None else Special("same", number)
+            if number is not None:
+                return Special("same", number)
+            place = self._outgoing.put(value)
+            return Special("tied", [place, self._pins.pin(value)]) if value.requires_grad else Special("new", place)
         found = pack_simple(value, self.pack)
         if found is not NotImplemented:
             return found

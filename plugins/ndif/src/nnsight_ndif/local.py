@@ -103,6 +103,7 @@ class LocalRun(Capture):
         frame = scope.frame
         return {
             **order, "method": self._method, "path": self._envoy.path, "arguments": arguments, "seed": _seed(),
+            "has_gradients": torch.is_grad_enabled(), "default_dtype": str(torch.get_default_dtype()).partition(".")[2],
             "batched": self._batched, "module": frame.f_globals.get("__name__", "__main__"),
         }  # fmt: skip
 

@@ -36,7 +36,7 @@ class Link:
         self.channel = channel
         self._incoming = incoming
         self.modules: dict[str, StandIn] = {}
-        self.held = Held(incoming, outgoing, lambda path: self.modules[path])
+        self.held = Held(incoming, outgoing, lambda path: self.modules[path], self._pull)
         #: The model's numbers of locations, by those of the tree here, and the other way round.
         self.theirs: dict[int, int] = {}
         self.ours: dict[int, int] = {}
@@ -62,6 +62,11 @@ class Link:
         finally:
             if was_enabled:
                 gc.enable()
+
+    def _pull(self, key: int, gradient: torch.Tensor) -> list[torch.Tensor | None]:
+        with torch.no_grad():
+            found: list[torch.Tensor | None] = self.ask(Kind.BACKWARD, [key, gradient])[1]
+        return found
 
     def drive(self, path: str, method: str, *prepared: Any) -> Any:
         """Run the model there, and visit here what it visits. Called on the model side of a run."""

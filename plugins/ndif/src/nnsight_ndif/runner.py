@@ -22,7 +22,7 @@ from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.held import watch_exposure
 from nnsight_ndif.puppet import Link, StandInModel
 from nnsight_ndif.report import describe
-from nnsight_ndif.window import Window
+from nnsight_ndif.window import DTYPES, Window
 
 _CHUNK = 1 << 16
 #: What the block has marked, by identity. They are kept alive, so that no other object gets the place of one.
@@ -78,6 +78,8 @@ class Prepared:
 
 
 def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable[[], Any]:
+    torch.set_grad_enabled(order["has_gradients"])
+    torch.set_default_dtype(DTYPES[order["default_dtype"]])
     torch.manual_seed(order["seed"])
     random.seed(order["seed"])
     if "numpy" in sys.modules:

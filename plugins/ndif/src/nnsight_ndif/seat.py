@@ -66,6 +66,7 @@ class Seat:
         self._answers: dict[Kind, Callable[[Any], Reply]] = {
             Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
             Kind.GO: self._go, Kind.CALL: self._call, Kind.HOOKED: self._hooked, Kind.ATTRIBUTE: self._attribute,
+            Kind.BACKWARD: self._backward,
         }  # fmt: skip
 
     def serve(self, job: Any) -> Any:
@@ -76,16 +77,15 @@ class Seat:
             RunnerError: it did what no block does, or its process has ended.
         """
         self._channel.send(Kind.JOB, [describe_tree(self._root), job])
-        kind, content = self._converse(Kind.DONE, Kind.RAISED)
-        if kind is Kind.RAISED:
-            raise rebuild(content)
-        return content
+        return self._converse(Kind.DONE)[1]
 
     def _converse(self, *ends: Kind) -> tuple[Kind, Any]:
         """Answer messages until one of these kinds comes."""
         while True:
             kind, content = self._channel.receive()
-            if kind in (Kind.DONE, Kind.RAISED) and kind in ends:
+            if kind is Kind.RAISED:
+                raise rebuild(content)
+            if kind is Kind.DONE and kind in ends:
                 self._incoming.begin()
                 return kind, content
             if kind is Kind.PRINT:
@@ -285,6 +285,13 @@ class Seat:
         module, args, kwargs, has_gradients = self._arguments(request)
         with torch.set_grad_enabled(has_gradients):
             return self._value(module(*args, **kwargs))
+
+    def _backward(self, request: Any) -> Reply:
+        match request:
+            case [key, data]:
+                return self._value(self.shown.edges.pull(key, self.shown.unpack(data)))
+            case _:
+                raise FrameError("a request for gradients is malformed")
 
     def _hooked(self, request: Any) -> Reply:
         module, args, kwargs, _ = self._arguments(request)

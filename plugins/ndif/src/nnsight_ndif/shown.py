@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nnsight import InputError, NNsight
+from nnsight_ndif.edges import Edges
 from nnsight_ndif.errors import FrameError
 from nnsight_ndif.values import PLAIN, pack_simple, unknown, unpack_simple
 from nnsight_ndif.window import Window
@@ -38,6 +39,7 @@ class Shown:
         self._values: dict[int, Any] = {}
         self._numbers: dict[int, int] = {}
         self._versions: dict[int, int] = {}
+        self.edges = Edges()
         #: The classes of the objects shown: a block may send new ones of them.
         self._kinds: dict[tuple[str, str], Any] = {}
         self._last = 0
@@ -73,7 +75,8 @@ class Shown:
             return Special("same", known)
         number = self._number(tensor)
         self._versions[number] = version
-        return Special("tensor", [number, self._outgoing.put(tensor), tensor.requires_grad, id(tensor) in self._tables])
+        place, history = self._outgoing.put(tensor), self.edges.show(tensor)
+        return Special("tensor", [number, place, id(tensor) in self._tables, history])
 
     def _pack_object(self, value: Any, met: set[int]) -> Special:
         kind = type(value)
@@ -125,12 +128,22 @@ class Shown:
             raise FrameError("a message lists no edits")
         for edit in edits:
             match edit:
-                case [int(number), place, bool(is_certain)]:
-                    self._apply(self._tensor(number), self._incoming.get(place), is_certain, number)
+                case [int(number), None, True, key]:
+                    self._want(self._tensor(number), key)
+                case [int(number), place, bool(is_certain), key]:
+                    self._apply(self._tensor(number), self._incoming.get(place), is_certain, number, key)
                 case _:
                     raise FrameError("an edit in a message is malformed")
 
-    def _apply(self, tensor: torch.Tensor, new: torch.Tensor, is_certain: bool, number: int) -> None:
+    def _want(self, tensor: torch.Tensor, key: Any) -> None:
+        """Have the model compute gradients back to a tensor that it has shown."""
+        if tensor.requires_grad or not tensor.is_leaf or not (tensor.is_floating_point() or tensor.is_complex()):
+            raise FrameError("a message wants gradients of what has them, or cannot")
+        if id(tensor) in self._tables:
+            raise InputError("The block wants gradients of a weight that is frozen. Thaw it in the model, or clone it.")
+        self.edges.tie(tensor.requires_grad_(), key)
+
+    def _apply(self, tensor: torch.Tensor, new: torch.Tensor, is_certain: bool, number: int, key: Any) -> None:
         if new.shape != tensor.shape or new.dtype != tensor.dtype:
             raise FrameError(f"an edit has shape {tuple(new.shape)} for a tensor of shape {tuple(tensor.shape)}")
         if not is_certain and _same_bytes(tensor.detach().cpu(), new):
@@ -140,7 +153,9 @@ class Shown:
                 "The block has edited a parameter or buffer of the model in place. A block in a runner must leave the "
                 "weights as they are: change what a module returns instead, or clone the weight."
             )
-        with torch.no_grad():
+        if key is not None:
+            self.edges.tie(new.requires_grad_(), key)
+        with torch.set_grad_enabled(key is not None):
             tensor.copy_(new)
         if not tensor.is_inference():
             self._versions[number] = tensor._version
@@ -157,6 +172,13 @@ class Shown:
         match data:
             case Special("new", place):
                 return self._incoming.get(place)
+            case Special("tied", [place, key]):
+                leaf = self._incoming.get(place)
+                if not (leaf.is_floating_point() or leaf.is_complex()):
+                    raise FrameError("a message gives a history to a tensor that can have none")
+                self.edges.tie(leaf.requires_grad_(), key)
+                with torch.enable_grad():
+                    return leaf.clone()  # the model may edit it in place, which a leaf does not allow
             case Special("same", int(number)):
                 return self._value(number)
             case Special("named", list(items)):
