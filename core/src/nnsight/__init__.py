@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from nnsight.errors import RecomputeError as RecomputeError
     from nnsight.errors import SaveError as SaveError
     from nnsight.errors import ScanError as ScanError
+    from nnsight.errors import StubError as StubError
     from nnsight.errors import TracerStateError as TracerStateError
     from nnsight.errors import UnknownPluginError as UnknownPluginError
     from nnsight.errors import WrapError as WrapError
@@ -75,8 +76,8 @@ _PUBLIC = {
         "DeadlockError", "EditFileError", "GradientError", "InputError", "InvokeError", "MissedProviderError",
         "MissingPluginError", "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",  # noqa: E501
         "OrphanError", "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError",
-        "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "TracerStateError",
-        "UnknownPluginError", "WrapError", "WrongThreadError",
+        "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "StubError",
+        "TracerStateError", "UnknownPluginError", "WrapError", "WrongThreadError",
     ),
     "nnsight.hookspecs": ("hookimpl",),
     "nnsight.kernel.controller": ("current_run",),

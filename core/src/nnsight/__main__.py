@@ -53,6 +53,13 @@ def print_version(arguments: list[str]) -> int:
     return 0
 
 
+def write_stubs(arguments: list[str]) -> int:
+    """Write a type stub of a model's tree, for editors and type checkers; --help says more."""
+    from nnsight.builtin import stubs_command  # lazy: it needs torch
+
+    return stubs_command.main(arguments)
+
+
 def print_help(arguments: list[str]) -> int:
     """List the commands."""
     print("usage: python -m nnsight <command> [arguments]\n\ncommands:")
@@ -68,6 +75,7 @@ def print_help(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Command] = {
     "plugins": list_plugins,
     "doctor": diagnose,
+    "stubs": write_stubs,
     "version": print_version,
     "help": print_help,
 }

@@ -145,5 +145,9 @@ class RecomputeError(NNsightError, RuntimeError):
     """A checkpointed region cannot be computed again as blocks had changed it."""
 
 
+class StubError(NNsightError, ValueError):
+    """No stub can be made of what was named, or it cannot be written."""
+
+
 class EditFileError(NNsightError, ValueError):
     """Edits could not be written to a file, or read from one."""
