@@ -10,7 +10,19 @@ import torch
 from modules import WIDTH, Block, Net, assert_usable, plain, rows, run, seeded
 from torch import nn
 
-from nnsight import Envoy, NamingError, NNsight, NotInTreeError, ReadOnlyError, eproperty, save
+from nnsight import (
+    Envoy,
+    MissedProviderError,
+    NamingError,
+    NNsight,
+    NNsightError,
+    NotInTreeError,
+    OutOfOrderError,
+    ReadOnlyError,
+    ViewError,
+    eproperty,
+    save,
+)  # fmt: skip
 
 
 class Causal(nn.Module):
@@ -167,6 +179,27 @@ def test_names_are_in_paths_the_repr_and_errors(net):
         model.blokcs
     with pytest.raises(KeyError, match="Nearest: layers"):
         model.transformer["layesr"]
+
+
+def test_errors_of_a_run_say_what_the_user_calls_a_place(net):
+    model = NNsight(net, rename={"transformer.h": ["layers", "parts"], "attn": "self_attn"})
+    late = r"missed for `model\.transformer\.h\.0\.attn\.output` \(`model\.layers\.0\.self_attn\.output`\): occurrence"
+    with pytest.raises(OutOfOrderError, match=late), model.trace(rows()):
+        model.layers[1].output
+        model.layers[0].self_attn.output
+    never = r"complete but `model\.transformer\.h\.output` \(`model\.layers\.output`\) was not provided"
+    with pytest.raises(MissedProviderError, match=never), model.trace(rows()):
+        model.layers.output
+    with (
+        pytest.raises(OutOfOrderError, match=r"missed for `model\.transformer\.emb\.output`: occ"),
+        model.trace(rows()),
+    ):
+        model.lm_head.output
+        model.transformer.emb.output
+    round_and_round = NNsight(net, rename={"transformer": "lm_head.x", "lm_head": "transformer.y"})
+    with pytest.raises(OutOfOrderError, match="missed for"), round_and_round.trace(rows()):
+        round_and_round.lm_head.output
+        round_and_round.transformer.emb.output
 
 
 def test_paths_from_an_alias_that_is_called_as_the_root_is(net):
@@ -398,6 +431,25 @@ def test_a_view_without_an_inverse_can_only_be_read(viewed):
             viewed.h[1].shifted = rows()
     with pytest.raises(ReadOnlyError, match="can only be read"), viewed.trace(rows()):
         viewed.h[1].shifted[:] = 0
+    assert_usable(viewed, viewed._module, rows())
+
+
+@pytest.mark.parametrize("given", [torch.zeros(2, 2, 5), torch.zeros(2, WIDTH), torch.zeros(()), 3, None, [1.0], "x"])
+def test_what_has_not_the_shape_of_a_view_cannot_be_assigned(viewed, given):
+    what = rf"\({', '.join(map(str, given.shape))},?\)" if isinstance(given, torch.Tensor) else type(given).__name__
+    with pytest.raises(
+        ViewError, match=rf"`model\.h\.1\.heads`.*`model\.h\.1\.mlp\.input`.*\(2, \d, 4\).*{what}"
+    ) as caught:
+        with viewed.trace(rows()):
+            viewed.h[1].heads = given
+    assert isinstance(caught.value, NNsightError) and isinstance(caught.value, ValueError)
+    with viewed.trace(rows()):
+        try:
+            viewed.h[1].heads = given
+        except ViewError:
+            viewed.h[1].heads = viewed.h[1].heads * 0  # the block goes on
+        result = viewed.output
+    assert torch.equal(result, hooked(viewed._module, rows(), "h.1.mlp", lambda value: value * 0))
     assert_usable(viewed, viewed._module, rows())
 
 

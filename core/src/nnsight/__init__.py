@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from nnsight.errors import StubError as StubError
     from nnsight.errors import TracerStateError as TracerStateError
     from nnsight.errors import UnknownPluginError as UnknownPluginError
+    from nnsight.errors import ViewError as ViewError
     from nnsight.errors import WrapError as WrapError
     from nnsight.errors import WrongThreadError as WrongThreadError
     from nnsight.hookspecs import hookimpl as hookimpl
@@ -77,7 +78,7 @@ _PUBLIC = {
         "MissingPluginError", "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",  # noqa: E501
         "OrphanError", "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError",
         "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "StubError",
-        "TracerStateError", "UnknownPluginError", "WrapError", "WrongThreadError",
+        "TracerStateError", "UnknownPluginError", "ViewError", "WrapError", "WrongThreadError",
     ),
     "nnsight.hookspecs": ("hookimpl",),
     "nnsight.kernel.controller": ("current_run",),

@@ -133,6 +133,10 @@ class ReadOnlyError(NNsightError, AttributeError):
     """A view of a value has no inverse, so it can only be read."""
 
 
+class ViewError(NNsightError, ValueError):
+    """What was assigned to a view of a value has not the view's shape."""
+
+
 class NoGraphError(NNsightError, NotImplementedError):
     """Backward was traced from a tensor that no gradient can come from."""
 

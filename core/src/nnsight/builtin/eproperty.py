@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from nnsight.errors import NotInTreeError, ReadOnlyError
+from nnsight.errors import NotInTreeError, ReadOnlyError, ViewError
 from nnsight.kernel.controller import current_run
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.mediator import Mediator
@@ -103,7 +103,10 @@ class eproperty:  # noqa: N801 - used like `property`
         if self._view is None:
             at.write(block, view)
         else:
-            at.write(block, self._undo(envoy, view, at.read(block), at.name))
+            value = at.read(block)
+            if self._inverse is not None:
+                self._check(envoy, view, self._view(envoy, value), at.name)
+            at.write(block, self._undo(envoy, view, value, at.name))
 
     def publish(self, envoy: Any, value: Any) -> Any:
         """Reach the location, where it is one of its own. Called on the model side, by whoever drives the model.
@@ -128,6 +131,21 @@ class eproperty:  # noqa: N801 - used like `property`
                 f"Write `{where}`, or give the eproperty an inverse."
             )
         return self._inverse(envoy, view, value)
+
+    def _check(self, envoy: Any, given: Any, view: Any, where: str) -> None:
+        """Refuse what has not the shape of the view: its inverse would fail, or make what the model cannot use."""
+        if not isinstance(view, torch.Tensor):
+            return
+        if not isinstance(given, torch.Tensor):
+            found = f"{type(given).__name__} is none"
+        elif given.shape != view.shape:
+            found = f"what was assigned has the shape {tuple(given.shape)}"
+        else:
+            return
+        raise ViewError(
+            f"`{envoy.path}.{self._name}`, a view of `{where}`, is a tensor of shape {tuple(view.shape)} here, but "
+            f"{found}. Assign a tensor of that shape, or edit the view in place."
+        )
 
     def _target(self, envoy: Any) -> tuple[Envoy, str]:
         """Return the envoy whose value it is, and the name of the port there."""

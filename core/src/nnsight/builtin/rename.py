@@ -112,6 +112,8 @@ class Naming:
         if missed and self.is_strict:
             raise NamingError(_unmatched(missed[0].key, root))
         self.is_strict = False
+        shown = root._tree.aliases
+        shown.clear()
         for envoy in given.envoys:
             values = envoy.__dict__
             for alias in values.pop("_aliases", ()):
@@ -120,6 +122,8 @@ class Naming:
             if names:
                 values["_aliases"] = names
                 values.update(names)
+                for alias, target in names.items():
+                    shown.setdefault(target._path, (envoy._path, alias))
 
 
 class _Given:

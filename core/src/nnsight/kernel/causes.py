@@ -18,22 +18,21 @@ _FUSED = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
 def out_of_order(run: Interleaver, number: int, occurrence: int) -> OutOfOrderError:
     """Return the error for a location that the run has passed."""
     assert run.tree is not None
-    location = run.tree[number]
     if run.at >= 0:
         now = f"it stands at `{run.tree[run.at]}` (occurrence {run.counts[run.at] - 1})"
     else:
         now = f"it is {run.state}"
     return OutOfOrderError(
-        f"Value was missed for `{location}`: occurrence {occurrence} of it was asked for, but the run has already "
-        f"passed it ({run.counts[number]} so far); now {now}. Ask for locations in the order in which the model runs "
-        "them, keep a value when you will need it later, or ask in an invoke of its own."
+        f"Value was missed for {run.tree.show(number)}: occurrence {occurrence} of it was asked for, but the run has "
+        f"already passed it ({run.counts[number]} so far); now {now}. Ask for locations in the order in which the "
+        "model runs them, keep a value when you will need it later, or ask in an invoke of its own."
     )
 
 
 def missed(run: Interleaver, wanted: dict[int, int]) -> MissedProviderError:
     """Return the error for locations that the run has not reached and will not reach."""
     assert run.tree is not None
-    names = " or ".join(f"`{run.tree[number]}`" for number in wanted)
+    names = " or ".join(map(run.tree.show, wanted))
     number, occurrence = next(iter(wanted.items()))
     return MissedProviderError(
         f"Execution complete but {names} was not provided (occurrence {occurrence}; the run reached it "

@@ -38,9 +38,10 @@ class Tree:
         locations: the location of each number.
         result: the number of what the traced call returns.
         ends: the numbers of the locations at which no step can follow any more.
+        aliases: path -> another name that the user gave: where it is reached from, and the name.
     """
 
-    __slots__ = ("__weakref__", "_numbers", "_reserved", "ends", "locations", "result")
+    __slots__ = ("__weakref__", "_numbers", "_reserved", "aliases", "ends", "locations", "result")
 
     def __init__(self) -> None:
         self.locations: list[Location] = []
@@ -48,6 +49,7 @@ class Tree:
         self._reserved: dict[Hashable, tuple[range, int, Explain]] = {}
         self.result = self.number(ROOT, "result")
         self.ends = [self.result]
+        self.aliases: dict[str, tuple[str, str]] = {}
 
     def number(self, path: str, port: str) -> int:
         """Return the number of a location, giving it the next one when it is new."""
@@ -89,6 +91,20 @@ class Tree:
             first = len(self.locations)
             self.locations += (Location(path, "input"), Location(path, "output"))
         return first
+
+    def show(self, number: int) -> str:
+        """Return a location for a message, also as the user calls it."""
+        location = self.locations[number]
+        called = location._replace(path=self._called(location.path, self.aliases))
+        return f"`{location}`" if called == location else f"`{location}` (`{called}`)"
+
+    def _called(self, path: str, aliases: dict[str, tuple[str, str]]) -> str:
+        above, dot, name = path.rpartition(".")
+        if path in aliases:
+            above, name = aliases[path]
+            aliases = {target: alias for target, alias in aliases.items() if target != path}  # names may go round
+            dot = "."
+        return f"{self._called(above, aliases)}.{name}" if dot else path
 
     def is_end(self, number: int) -> bool:
         """Return whether a location comes once, when no step can follow any more."""
