@@ -129,6 +129,7 @@ def test_a_dotted_alias_is_put_where_it_says(net):
         ({"attn": "output"}, "every Envoy has `.output`"),
         ({"lm_head": "trace"}, "every NNsight has `.trace`"),
         ({"emb": "training"}, "has an attribute of that name"),
+        ({"transformer": "_module"}, r"every NNsight has `\._module`"),
     ],
 )
 def test_collisions_are_errors(net, names, message):
@@ -141,7 +142,9 @@ def test_a_module_may_be_given_the_name_that_it_has(net):
     assert model.layers is model.transformer.h
 
 
-@pytest.mark.parametrize("names", [["h"], {"h": 3}, {"h": []}, {3: "x"}, {"h": "a b"}, {"a..b": "x"}, {int: "x"}])
+@pytest.mark.parametrize(
+    "names", [["h"], {"h": 3}, {"h": []}, {3: "x"}, {"h": "a b"}, {"a..b": "x"}, {int: "x"}, {"h": "class"}]
+)
 def test_what_is_no_rename_is_an_error(net, names):
     with pytest.raises(NamingError, match="cannot be used"):
         NNsight(net, rename=names)
@@ -211,6 +214,12 @@ def test_paths_from_an_alias_that_is_called_as_the_root_is(net):
     with model.trace(rows()) as tracer:
         cache = tracer.cache(modules=["model.layers.0", "model.lm_head"])
     assert len(cache) == 2 and torch.equal(cache.model.layers[0].output, cache["model.transformer.h.0"].output)
+
+
+def test_the_nearest_names_are_said_once(net):
+    model = NNsight(net, rename={"attn": "self_attn"})
+    with pytest.raises(NotInTreeError, match=r"Nearest: self_attn, attn\.$"):
+        model.transformer.h[0].self_atn
 
 
 def test_names_follow_when_the_tree_changes(net):
@@ -304,7 +313,9 @@ def test_envoy_classes_by_alias_of_a_path(net):
     NNsight(net, rename={"a": "b", "b": "a"}, envoys={"a": Marked})  # names that go round
 
 
-@pytest.mark.parametrize("envoys", [{"h": int}, {"h": nn.Linear}, {3: Marked}, {"": Marked}, nn.Linear])
+@pytest.mark.parametrize(
+    "envoys", [{"h": int}, {"h": nn.Linear}, {3: Marked}, {"": Marked}, nn.Linear, "h", 3, [Marked]]
+)
 def test_what_is_no_envoy_class_is_an_error(net, envoys):
     with pytest.raises(NamingError, match="cannot be used"):
         NNsight(net, envoys=envoys)
@@ -334,6 +345,14 @@ class Viewed(Envoy):
     @doubled.inverse
     def doubled(self, view, value):
         return view / self.mark
+
+    @eproperty(key="mlp.output")
+    def halved(self, value):
+        return value / self.mark
+
+    @halved.inverse
+    def _whole(self, view, value):
+        return view * self.mark
 
     shifted = eproperty("output", view=lambda self, value: value + 1)
     same = eproperty("output")
@@ -388,6 +407,15 @@ def test_the_model_sees_a_view_edited_in_place_or_assigned(viewed):
     expected = hooked(net, rows(), "h.1.mlp", first_head_off)
     assert torch.equal(edited, expected) and torch.equal(assigned, expected)
     assert_usable(viewed, net, rows())
+
+
+def test_an_inverse_may_have_a_name_of_its_own(viewed):
+    with viewed.trace(rows()):
+        viewed.h[1].halved = viewed.h[1].halved * 0 + 1
+        value = viewed.h[1].mlp.output
+    assert (value == 2).all()
+    with pytest.raises(ViewError, match=r"`model\.h\.1\.halved`"), viewed.trace(rows()):
+        viewed.h[1].halved = torch.zeros(3)
 
 
 @pytest.mark.parametrize("is_last", [False, True])

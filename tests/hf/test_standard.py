@@ -156,6 +156,20 @@ def test_the_original_names_and_those_of_the_user_stay_valid():
         LanguageModel(plain, standard_names=True, rename={"nothing": "x"}, strict_rename=True)
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "generator", "repo_id", "num_layers"])
+def test_what_the_wrapper_has_itself_is_no_alias(name):
+    with pytest.raises(NamingError, match=f"every LanguageModel has `[.]{name}`"):
+        LanguageModel(zoo.build("gpt2"), rename={"transformer": name})
+
+
+@pytest.mark.parametrize(
+    "options", [{"rename": "x"}, {"rename": {".transformer": 5}}, {"envoys": "x"}, {"envoys": {"h": 3}}, {"envoys": 3}]
+)
+def test_what_is_no_name_is_an_error_beside_standard_names(options):
+    with pytest.raises(NamingError, match=f"{next(iter(options))}=.* cannot be used"):
+        LanguageModel(zoo.build("gpt2"), standard_names=True, **options)
+
+
 class Marked(Envoy):
     pass
 

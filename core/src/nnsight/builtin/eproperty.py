@@ -42,7 +42,7 @@ class eproperty:  # noqa: N801 - used like `property`
         ...         return value.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         ...
         ...     @heads.inverse
-        ...     def heads(self, view, value):
+        ...     def from_heads(self, view, value):
         ...         return view.transpose(1, 2).flatten(-2)
         >>> model = NNsight(net, envoys={"self_attn": Attention})
     """
@@ -77,9 +77,9 @@ class eproperty:  # noqa: N801 - used like `property`
     transform = inverse  # its name in 0.8
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
-        self._name = name
+        self._name = self._name or name  # an inverse under another name is the same value
         if self._key is None:
-            self._key = name
+            self._key = self._name
 
     def __get__(self, envoy: Any, owner: type[Any] | None = None) -> Any:
         if envoy is None:

@@ -6,6 +6,8 @@ modules keep the names they have. Names are given again whenever the tree has ch
 
 from __future__ import annotations
 
+import inspect
+import keyword
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -211,7 +213,7 @@ class _Given:
             taken = f"`{names[alias]._path}` is called so too"
         elif alias in mount._children:
             taken = f"`{mount._path}` has a module of that name"
-        elif alias in mount._own:
+        elif alias in mount._own or any(alias in inspect.get_annotations(cls) for cls in type(mount).__mro__):
             taken = f"every {type(mount).__name__} has `.{alias}`, which would be hidden"
         elif alias in module.__dict__ or alias in module._parameters or alias in module._buffers:
             taken = f"`{mount._path}` has an attribute of that name, which would be hidden"
@@ -266,12 +268,18 @@ def _rules(rename: Any) -> list[Rule]:
         parts = [tuple(alias.removeprefix(".").split(".")) for alias in aliases if isinstance(alias, str)]
         is_class = isinstance(key, type) and issubclass(key, nn.Module)
         names = key.removeprefix(".").split(".") if isinstance(key, str) else []
-        is_alias = bool(parts) and len(parts) == len(aliases) and all(name.isidentifier() for p in parts for name in p)
+        is_alias = (
+            bool(parts) and len(parts) == len(aliases) and all(map(_is_name, (name for p in parts for name in p)))
+        )
         if not is_alias or not (is_class or (names and all(names))):
             raise NamingError(f"rename={{{key!r}: {given!r}}} cannot be used. {_FORMS}.")
         is_anchored = isinstance(key, str) and key.startswith(".")
         rules.append(Rule(key, tuple(parts), tuple(names), is_anchored))
     return rules
+
+
+def _is_name(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def _from_root(rule: Rule) -> Iterator[Rule]:
@@ -287,6 +295,8 @@ def _envoys(given: Any) -> tuple[dict[type[Any], type[Any]], list[tuple[tuple[st
     by_path: list[tuple[tuple[str, ...], type[Any]]] = []
     if isinstance(given, type):
         given = {nn.Module: given}
+    if given is not None and not isinstance(given, Mapping):
+        raise NamingError(f"envoys={given!r} cannot be used: give a subclass of Envoy, or {{class or path: subclass}}.")
     for key, cls in (given or {}).items():
         if not (isinstance(cls, type) and issubclass(cls, Traceable)):
             raise NamingError(f"envoys={{{key!r}: {cls!r}}} cannot be used: the value must be a subclass of Envoy.")

@@ -396,5 +396,5 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _nearest(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
     return f" Nearest: {', '.join(near)}." if near else ""

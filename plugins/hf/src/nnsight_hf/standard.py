@@ -52,12 +52,12 @@ class StandardNames:
         """Return `rename` and `envoys` with what the standard names need, beside what the user gave."""
         merged: dict[Any, Any] = dict(self.rename)
         if rename is not None and not isinstance(rename, Mapping):
-            return rename, envoys  # refused where it is read
+            return rename, envoys  # refused where it is read, as is all that cannot be used
         for key, aliases in (rename or {}).items():
-            if key in merged:
+            if key in merged and isinstance(aliases, str | list | tuple | set):
                 aliases = [*merged[key], *([aliases] if isinstance(aliases, str) else aliases)]
             merged[key] = aliases
-        if not isinstance(envoys, type):
+        if envoys is None or isinstance(envoys, Mapping):
             envoys = {f"{self.layers}.*": StandardLayer, **(envoys or {})}
         return merged, envoys
 
