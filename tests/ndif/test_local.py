@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import io
 import traceback
 import warnings
@@ -172,6 +174,25 @@ def test_modules_parameters_and_settings_are_the_models(gpt, ids):
 # --- Blocks
 
 
+def test_block_on_one_line_and_with_other_items(net, x):
+    # fmt: off
+    with net.trace(x, remote="local"): first = net[0].output.save(); second = net.output.save()  # noqa: E701, E702
+    # fmt: on
+    with net.trace(x, remote="local") as tracer, torch.no_grad():
+        third = (tracer.result * 2).save()
+        is_enabled = torch.is_grad_enabled().save()
+    with (
+        net.trace(
+            x,
+            remote="local",
+        )
+    ):  # fmt: skip
+        fourth = net.output.save()
+    assert torch.equal(first, net._module[0](x))
+    assert torch.equal(second * 2, third) and torch.equal(second, fourth)
+    assert is_enabled is False
+
+
 def test_only_what_was_saved_comes_back(net, x):
     kept = lost = None
     with net.trace(x, remote="local"):
@@ -202,6 +223,80 @@ def test_variables_of_the_caller_are_there(net, x):
         return result
 
     assert_same(program)
+
+
+FACTOR = 3.0
+
+
+class Kind(enum.Enum):
+    DOUBLE = 2
+
+
+@dataclasses.dataclass
+class Settings:
+    kind: Kind
+    bias: torch.Tensor
+
+    def apply(self, hidden):
+        return scaled(hidden) * self.kind.value + self.bias
+
+
+def scaled(hidden, by=FACTOR):
+    return twice(hidden, 1) * by
+
+
+def twice(hidden, depth):
+    return hidden * 2 if not depth else twice(hidden, depth - 1)
+
+
+def test_functions_and_classes_of_the_users_files_travel(net, x):
+    shift = 0.5
+
+    def shifted(hidden, *, again=True):
+        return shifted(hidden, again=False) if again else hidden + shift
+
+    settings = Settings(Kind.DOUBLE, torch.ones(8))
+
+    def program(remote):
+        with net.trace(x, remote=remote):
+            net[0].output = settings.apply(shifted(net[0].output))
+            result = net.output.save()
+            is_own = isinstance(settings, Settings).save()
+        return result, is_own
+
+    assert_same(program)
+
+
+def fails(value):
+    note = "here"
+    raise OwnError(value, note)
+
+
+def test_exception_from_a_helper_has_its_line_and_class(net, x):
+    with pytest.raises(OwnError) as caught:
+        with net.trace(x, remote="local"):
+            fails(1)
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert (last.filename, last.name, warnings_line(last.lineno)) == (__file__, "fails", "raise OwnError(value, note)")
+    assert caught.value.args == (1, "here")
+
+
+def test_lambda_that_cannot_travel_says_what_to_do(net, x):
+    double = lambda value: value * 2
+    with pytest.raises(NNsightError, match=r"'double'.*lambda.*`def`"):
+        with net.trace(x, remote="local"):
+            double(net.output)
+
+
+def test_variable_deep_in_a_helper_is_named(net, x):
+    handle = io.StringIO()
+
+    def write(value):
+        handle.write(str(value))
+
+    with pytest.raises(NNsightError, match=r"'write': `handle`, which `write` uses.*StringIO"):
+        with net.trace(x, remote="local"):
+            write(net.output)
 
 
 def test_unused_variables_do_not_travel(net, x):

@@ -9,6 +9,7 @@ import __future__ as future
 
 import ast
 import builtins
+import dataclasses
 import importlib
 import linecache
 import os
@@ -16,11 +17,13 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
 
 from nnsight import Cache, Envoy
+from nnsight_ndif import definitions
 from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held
 from nnsight_ndif.values import pack_simple, unpack_simple
@@ -28,7 +31,8 @@ from nnsight_ndif.wire import Special
 
 _REFUSED = (
     "{what} of the block at {where} is a {kind}, which cannot be sent to a runner. Values of Python's own types, "
-    "tensors, numpy arrays, modules and what installed packages define can be; make anything else inside of the block."
+    "tensors, numpy arrays, functions, classes and dataclasses of your files, modules and what installed packages "
+    "define can be; make anything else inside of the block."
 )
 
 
@@ -50,12 +54,14 @@ def dump(block: Any, environment: dict[str, Any], root: Any, put: Callable[[torc
     if block.declared_global or any(isinstance(node, ast.Nonlocal | ast.Global) for node in ast.walk(block.node)):
         raise NotInRunnerError(f"The block at {block.where} binds variables outside of itself, which stay here.")
     bindings: dict[str, Any] = {}
+    defined: dict[int, Any] = {}
     for name, value in environment.items():
         if getattr(builtins, name, bindings) is not value:
-            packer = _Packer(f"The variable {name!r}", block.where, root, put)
+            packer = _Packer(f"The variable {name!r}", block.where, root, put, defined)
             bindings[name] = packer.pack(value)
     line, text = _text(block)
     return {
+        "definitions": {key: described for key, (described, _) in defined.items()},
         "filename": block.filename, "line": line, "text": text, "target": block.target, "bindings": bindings,
         "names": sorted(block.bound), "name": block.name,
         "future": [name for name in future.all_feature_names if block.flags & getattr(future, name).compiler_flag],
@@ -64,7 +70,7 @@ def dump(block: Any, environment: dict[str, Any], root: Any, put: Callable[[torc
 
 def dump_arguments(arguments: Any, where: str, root: Any, put: Callable[[torch.Tensor], Any]) -> Any:
     """Return what a trace was given as data: `(args, kwargs)`."""
-    return _Packer("An argument", where, root, put).pack(arguments)
+    return _Packer("An argument", where, root, put, None).pack(arguments)
 
 
 def checked(result: Any, names: Any) -> dict[str, Any]:
@@ -98,27 +104,30 @@ def unpack_result(data: Any, root: Any, unpack: Callable[[Any], Any]) -> Any:
 
 
 def _text(block: Any) -> tuple[int, str]:
-    """Return the text of a block's body as that of an `if`, and the number of its first line."""
+    """Return the text of a block's body under a header of its own, and the number of the header's line."""
     node = block.node
-    later = node.items[block.item + 1 :]
-    header = [item.optional_vars for item in node.items] + [item.context_expr for item in node.items]
-    header_end = max(part.end_lineno for part in header if part is not None)
-    first = node.body[0].lineno
-    if later or first <= header_end or not isinstance(block.target, str | None):
-        raise NotInRunnerError(
-            f"The block at {block.where} cannot be sent as it is written: put `with model.trace(...) as tracer:` on "
-            "lines of its own, its body below it, and let `as` bind one name."
-        )
-    lines = [linecache.getline(block.filename, number) for number in range(header_end + 1, node.end_lineno + 1)]
-    if not lines or not lines[-1]:
+    if not isinstance(block.target, str | None):
+        raise NotInRunnerError(f"The block at {block.where} cannot be sent: let its `as` bind one name.")
+    later, first = node.items[block.item + 1 :], node.body[0]
+    header = f"with {', '.join(map(ast.unparse, later))}:" if later else "if True:"
+    start = min(part.lineno for part in (first, *getattr(first, "decorator_list", ())))
+    lines = [linecache.getline(block.filename, number) for number in range(start, node.end_lineno + 1)]
+    if not lines[-1]:
         raise NotInRunnerError(f"The text of the block at {block.where} is not to be had.")
-    return header_end, "if True:\n" + "".join(lines)
+    before = len(lines[0].encode()[: first.col_offset].decode())
+    if lines[0][:before].isspace():
+        return start - 1, header + "\n" + "".join(lines)
+    # The body is on the header's line: it stays at its column, where there is room.
+    return start, header.ljust(before) + " " * (len(header) >= before) + lines[0][before:] + "".join(lines[1:])
 
 
 class _Packer:
     """Makes data of what a block's names are bound to."""
 
-    def __init__(self, what: str, where: str, root: Any, put: Callable[[torch.Tensor], Any]) -> None:
+    def __init__(
+        self, what: str, where: str, root: Any, put: Callable[[torch.Tensor], Any], definitions: dict[int, Any] | None
+    ) -> None:
+        self._definitions = definitions
         self._what = what
         self._where = where
         self._root = root
@@ -141,7 +150,37 @@ class _Packer:
         name, module = getattr(value, "__qualname__", None), sys.modules.get(getattr(value, "__module__", None) or "")
         if isinstance(name, str) and module is not None and _is_installed(module) and _at(module, name) is value:
             return Special("import", [module.__name__, name])
+        return self._pack_own(value)
+
+    def _pack_own(self, value: Any) -> Any:
+        """Return as data what the user's own files define: functions, classes, and what is made of such classes."""
+        kind = type(value)
+        if isinstance(value, types.FunctionType | type) and self._definitions is not None:
+            return self._define(value)
+        if isinstance(value, types.MethodType):
+            return Special("method", [self.pack(value.__self__), value.__name__])
+        if isinstance(value, Enum):
+            return Special("member", [self.pack(kind), value.name])
+        if dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+            return Special("instance", [self.pack(kind), {name: self.pack(item) for name, item in vars(value).items()}])
         raise self._refuse(value)
+
+    def _define(self, value: Any) -> Special:
+        assert self._definitions is not None
+        if id(value) not in self._definitions:
+            self._definitions[id(value)] = None, value  # it may use itself; and kept, so that its `id` stays its own
+
+            def pack(what: str, inner: Any) -> Any:
+                outer, self._what = self._what, f"{self._what}: {what}"
+                packed = self.pack(inner)
+                self._what = outer
+                return packed
+
+            try:
+                self._definitions[id(value)] = definitions.describe(value, pack), value
+            except definitions.Unsendable as error:
+                raise NotInRunnerError(f"{self._what} of the block at {self._where} is {error}.") from None
+        return Special("defined", id(value))
 
     def _refuse(self, value: Any) -> NotInRunnerError:
         return NotInRunnerError(
@@ -185,9 +224,11 @@ class Block:
         self._target = order["target"]
         self._model = model
         self._held = held
+        self._definitions = definitions.Definitions(order["definitions"], self.unpack)
         for name, data in order["bindings"].items():
             namespace[name] = self.unpack(data)
         filename, text = order["filename"], "\n" * (order["line"] - 1) + order["text"]
+        # At last: what is captured inside of the block is found by this text.
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         flags = 0
         for name in order["future"]:
@@ -212,6 +253,14 @@ class Block:
                 return self._held.unpack(Special("fresh", place)).requires_grad_(requires_grad)
             case Special("array", place):
                 return self._held.unpack(Special("fresh", place)).numpy()
+            case Special("defined", key):
+                return self._definitions.get(key)
+            case Special("method" | "member", [owner, name]):
+                return getattr(self.unpack(owner), name)
+            case Special("instance", [kind, fields]):
+                new = object.__new__(self.unpack(kind))
+                new.__dict__.update({name: self.unpack(item) for name, item in fields.items()})
+                return new
             case Special("import", [module, name]):
                 found = importlib.import_module(module)
                 return _at(found, name) if name else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib
 import os
 import random
@@ -31,12 +32,8 @@ _saved: dict[int, Any] = {}
 
 def warm() -> None:
     """Import and set up what every job needs, in the process that runners are forked from."""
-    for name in ("numpy", "torch._dynamo.eval_frame"):
-        if name in sys.modules or name == "numpy":
-            try:
-                importlib.import_module(name)
-            except ImportError:
-                continue
+    with contextlib.suppress(ImportError):
+        importlib.import_module("numpy.random")  # numpy itself would do so for the first job
     watch_exposure()
     setattr(Mediator, "save", _save)  # noqa: B010 - in this process alone
     model = nnsight.NNsight(torch.nn.Linear(1, 1))
@@ -80,7 +77,7 @@ class Prepared:
 def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable[[], Any]:
     torch.set_grad_enabled(order["has_gradients"])
     torch.set_default_dtype(DTYPES[order["default_dtype"]])
-    torch.manual_seed(order["seed"])
+    torch.default_generator.manual_seed(order["seed"])  # of the CPU: all that there is here
     random.seed(order["seed"])
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(order["seed"] % (1 << 32))
