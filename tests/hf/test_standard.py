@@ -89,6 +89,8 @@ def test_every_name_reads_what_a_hook_on_the_part_sees(name, body):
     assert torch.equal(result, logits)
     for at in order:
         assert torch.equal(seen[at], expected[at]), at
+        found = model.get(at)  # in eval mode a dropout gives what it is given, so a value alone does not tell
+        assert getattr(found, "last", found)._module is parts[at], at
 
 
 @pytest.mark.parametrize("name", zoo.CAUSAL)
@@ -142,6 +144,30 @@ def test_modules_without_a_module_of_their_own_are_read_and_changed_like_one():
     assert same is given and torch.equal(result, expected)
     with pytest.raises(AttributeError):
         mlp.outputs
+
+
+def test_modules_read_like_one_in_invokes_steps_and_edits():
+    plain = zoo.build("opt")
+    model = LanguageModel(plain, standard_names=True)
+    expected, _ = run_hooked(plain, parts_of(plain))
+    with torch.no_grad():
+        with model.trace() as tracer:
+            with tracer.invoke(IDS[:1]):
+                first_row = model.layers[1].mlp.output
+            with tracer.invoke(IDS[1:]):
+                model.layers[1].mlp.output[:] = 0
+                second_row = model.layers[1].mlp.output
+        shapes = []
+        with model.generate(IDS, max_new_tokens=3, do_sample=False) as tracer:
+            for _ in tracer.iter[:]:
+                shapes.append(tuple(model.layers[0].mlp.output.shape))
+        with model.edit() as edited:
+            model.layers[1].mlp.output[:] = 0
+        with edited.trace(IDS):
+            result = edited.output.logits
+    assert torch.equal(first_row, expected["layers.1.mlp"][:6]) and not second_row.any()
+    assert shapes == [(12, 32), (2, 32), (2, 32)]  # OPT flattens batch and tokens for these modules
+    assert torch.equal(result, run_hooked(plain, parts_of(plain), change="layers.1.mlp")[1])
 
 
 def test_the_original_names_and_those_of_the_user_stay_valid():

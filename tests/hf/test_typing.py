@@ -8,6 +8,10 @@ from pathlib import Path
 
 import checkers
 import pytest
+import zoo
+
+from nnsight import LanguageModel
+from nnsight.builtin.stubs import write_stub
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
@@ -116,3 +120,9 @@ def test_a_repository_that_is_not_there_is_told_in_a_line(tmp_path):
     )
     assert done.returncode == 1 and "Nothing to load at 'nobody/nothing'" in done.stderr
     assert "Traceback" not in done.stderr and not [*tmp_path.iterdir()]
+
+
+def test_modules_read_like_one_are_in_the_stub():
+    text = write_stub(LanguageModel(zoo.build("opt"), standard_names=True))
+    layer = text[text.index("class OPTDecoderLayer(") :].split("\nclass ")[0]
+    assert "    mlp: Any\n" in layer and "    self_attn: OPTAttention\n" in layer

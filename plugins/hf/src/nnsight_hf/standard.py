@@ -58,7 +58,8 @@ class StandardNames:
                 aliases = [*merged[key], *([aliases] if isinstance(aliases, str) else aliases)]
             merged[key] = aliases
         if envoys is None or isinstance(envoys, Mapping):
-            envoys = {f"{self.layers}.*": StandardLayer, **(envoys or {})}
+            kind = SpannedLayer if self.spans else StandardLayer
+            envoys = {f"{self.layers}.*": kind, **(envoys or {})}
         return merged, envoys
 
     def error(self, path: str, name: str) -> NotInTreeError | None:
@@ -88,14 +89,20 @@ class StandardLayer(Envoy):
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_LAYER and "_module" in self.__dict__:
-            names = names_of(self.root._module)
-            if name in names.spans:
-                first, last = names.spans[name]
-                return Span(self.get(first), self.get(last))
-            error = names.error(self.path, name)
+            error = names_of(self.root._module).error(self.path, name)
             if error is not None:
                 raise error
         return super().__getattr__(name)
+
+
+class SpannedLayer(StandardLayer):
+    """A layer of an architecture that has no module for the MLP."""
+
+    @property
+    def mlp(self) -> Span:
+        """The modules of the MLP, as one."""
+        first, last = names_of(self.root._module).spans["mlp"]
+        return Span(self.get(first), self.get(last))
 
 
 class Span:
