@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import gc
 import io
 import traceback
 import warnings
+import weakref
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnsight import InputError, MissedProviderError, NNsightError, OutOfOrderError
+from nnsight import InputError, MissedProviderError, NNsight, NNsightError, OutOfOrderError
 
 
 def here_and_there(program):
@@ -117,6 +119,79 @@ def test_tensor_met_again_is_the_same_object(gpt, ids):
         return is_same, logits
 
     assert_same(program)
+
+
+class Aliases(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+
+    def forward(self, value):
+        whole = self.first(value * 1)
+        flat = self.second(whole.view(-1))
+        whole.add_(1)
+        return self.third(whole), flat
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_tensors_that_share_memory_are_brought_up_to_date(has_gradients):
+    model = NNsight(Aliases())
+    given = torch.zeros(2, 3, requires_grad=has_gradients)
+
+    def program(remote):
+        with model.trace(given, remote=remote):
+            whole = model.first.output
+            flat = model.second.output
+            flat[1] = 5
+            last = model.third.output
+            found = [whole.detach().clone(), flat.detach().clone(), last.detach().clone()].save()
+        return found
+
+    assert_same(program)
+    with pytest.raises(InputError, match="share their memory"):
+        with model.trace(given, remote="local"):
+            whole = model.first.output
+            flat = model.second.output
+            flat[1] = 5
+            whole[1] = 3
+            model.third.output
+
+
+def test_model_is_freed_without_the_collector():
+    module = torch.nn.Linear(2, 2)
+    model, reference = NNsight(module), weakref.ref(module)
+    with model.trace(torch.ones(1, 2), remote="local"):
+        result = model.output.detach().clone().save()
+    with pytest.raises(ValueError, match="no"):
+        with model.trace(torch.ones(1, 2), remote="local"):
+            model.output
+            raise ValueError("no")
+    gc.collect()
+    with model.trace(torch.ones(1, 2), remote="local"):
+        result = model.output.detach().clone().save()
+    gc.disable()
+    try:
+        del module, model
+        assert reference() is None
+    finally:
+        gc.enable()
+    assert result.shape == (1, 2)
+
+
+def test_what_a_runner_cannot_do_is_an_error(net, x):
+    with pytest.raises(NotImplementedError, match="autocast"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with net.trace(x, remote="local"):
+                net.output
+    with pytest.raises(NotImplementedError, match=r"\.source"):
+        with net.trace(x, remote="local"):
+            net.source
+    with pytest.raises(NotImplementedError, match="fn="):
+        net.trace(x, remote="local", fn=print)
+    with pytest.raises(NotImplementedError, match="outside of itself"):
+        with net.trace(x, remote="local"):
+            global FACTOR
+            FACTOR = net.output
 
 
 def test_argument_is_replaced(gpt, ids):

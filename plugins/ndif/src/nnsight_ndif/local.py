@@ -83,7 +83,10 @@ class LocalRun(Capture):
         if not root.dispatched:
             root.dispatch()
         preload = [name for name in _WORTH_PRELOADING if name in sys.modules]
+        if any(torch.is_autocast_enabled(name) for name in ("cpu", "cuda")):
+            raise NotInRunnerError("A block in a runner cannot be within autocast: open it inside of the block.")
         runner = launch.zygote(preload).start(self._limits)
+        seat = None
         try:
             methods: dict[str, Callable[..., Any] | None] = {"trace": None, self._method: self._function}
             seat = Seat(root, methods, runner, _print, _warn, self._limits.printed)
@@ -95,7 +98,10 @@ class LocalRun(Capture):
             }
         finally:
             runner.close()
+            if seat is not None:
+                seat.close()
         scope.give(bound)
+        scope.close()
 
     def _order(self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
         order = job.dump(scope.block, scope.environment(), root, put)

@@ -58,7 +58,9 @@ class Link:
             self._incoming.begin()
             if answer is Kind.FAILED:
                 raise rebuild(data)
-            return answer, self.held.unpack(data)
+            refreshed, content = data
+            self.held.unpack(refreshed)
+            return answer, self.held.unpack(content)
         finally:
             if was_enabled:
                 gc.enable()
@@ -202,6 +204,10 @@ class StandInEnvoy(Envoy):
     @property
     def devices(self) -> set[torch.device]:
         return {torch.device("cpu")}
+
+    @property
+    def source(self) -> Any:
+        raise NotInRunnerError("`.source` looks into a module's forward, which a runner does not have.")
 
     @property
     def dtype(self) -> Any:

@@ -79,6 +79,11 @@ class Seat:
         self._channel.send(Kind.JOB, [describe_tree(self._root), job])
         return self._converse(Kind.DONE)[1]
 
+    def close(self) -> None:
+        """Refer to nothing any more."""
+        self._answers.clear()
+        self._blocks.clear()
+
     def _converse(self, *ends: Kind) -> tuple[Kind, Any]:
         """Answer messages until one of these kinds comes."""
         while True:
@@ -246,7 +251,7 @@ class Seat:
         number = block.wait({result: 0, **locations})
         counts = array.array("i", run.counts).tobytes()
         if number == result and result not in locations:
-            return Kind.OVER, None
+            return Kind.OVER, self.shown.pack(None)
         return Kind.VISIT, self.shown.pack([number, counts, run.value])
 
     def _replace(self, block: Mediator, number: int, value: Any, is_skipped: bool) -> None:

@@ -47,16 +47,28 @@ class Shown:
     # -- to the block ----------------------------------------------------------------------------------------------
 
     def pack(self, value: Any) -> Any:
-        """Return the data that stands for a value; its tensors are laid in the window.
+        """Return what has changed of the tensors shown before, and the data that stands for a value.
 
         Raises:
             InputError: it is too large, or cannot be shown.
         """
         self._outgoing.begin()
         try:
-            return self._pack(value, set())
+            return [self._refreshed(), self._pack(value, set())]
         except FrameError as error:
             raise InputError(f"What the block asked for cannot be shown to it: {error}") from None
+
+    def _refreshed(self) -> list[Any]:
+        """Return the tensors that the block holds and that have been edited here since: there they must read so, too.
+
+        Tensors that share memory share their count of edits, so an edit of one by the block refreshes the others.
+        """
+        changed = [
+            number
+            for number, version in self._versions.items()
+            if version >= 0 and not self._values[number].is_inference() and self._values[number]._version != version
+        ]
+        return [self._pack_tensor(self._values[number]) for number in changed]
 
     def _pack(self, value: Any, met: set[int]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -126,6 +138,20 @@ class Shown:
         """
         if type(edits) is not list:
             raise FrameError("a message lists no edits")
+        edited = [
+            self._tensor(edit[0]).untyped_storage()._cdata
+            for edit in edits
+            if type(edit) is list
+            and len(edit) == 4
+            and type(edit[0]) is int
+            and edit[1] is not None
+            and edit[2] is True
+        ]
+        if len(set(edited)) < len(edited):
+            raise InputError(
+                "The block has edited two tensors in place that share their memory in the model. In a runner they do "
+                "not: edit them through one of the two, or read a value in between."
+            )
         for edit in edits:
             match edit:
                 case [int(number), None, True, key]:
