@@ -311,6 +311,8 @@ def test_envoy_classes_by_alias_of_a_path(net):
     assert {type(block.attn) for block in model.layers} == {Marked}
     assert [type(block.mlp) for block in model.layers] == [Other, Envoy, Envoy]
     NNsight(net, rename={"a": "b", "b": "a"}, envoys={"a": Marked})  # names that go round
+    model = NNsight(net, rename={Net: "body"}, envoys={"body": Other})
+    assert type(model.transformer) is Other
 
 
 @pytest.mark.parametrize(

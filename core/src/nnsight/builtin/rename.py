@@ -79,7 +79,13 @@ class Naming:
         for pattern, found in self.by_path:
             if self._leads(pattern, parts, self.rules):
                 return found
+            if self._is_class_called(type(module), pattern[-1]) and self._leads(pattern[:-1], parts[:-1], self.rules):
+                return found
         return default
+
+    def _is_class_called(self, cls: type[nn.Module], wanted: str) -> bool:
+        keys = [rule.key for rule in self.rules if any(alias[-1] == wanted for alias in rule.aliases)]
+        return any(isinstance(key, type) and issubclass(cls, key) for key in keys)
 
     def _leads(self, pattern: Sequence[str], path: list[str], rules: list[Rule]) -> bool:
         """Return whether a path ends as a pattern says, part by part, under original names or aliases."""
