@@ -483,6 +483,25 @@ def test_what_has_not_the_shape_of_a_view_cannot_be_assigned(viewed, given):
     assert_usable(viewed, viewed._module, rows())
 
 
+@pytest.mark.parametrize("key", ["", ".output", "mlp.", "a..output"])
+def test_a_key_that_is_no_place_is_an_error_where_it_is_written(key):
+    with pytest.raises(NamingError, match="key=.* cannot be used"):
+        eproperty(key=key)
+
+
+def test_a_key_that_names_a_module_asks_for_its_port():
+    class Vague(Envoy):
+        whole = eproperty(key="mlp")
+
+    model = NNsight(seeded(Net), envoys={Block: Vague})
+    with (
+        pytest.raises(NamingError, match=r"`model\.h\.0\.whole`: 'mlp' is a module.*'mlp\.output'"),
+        model.trace(rows()),
+    ):
+        model.h[0].whole
+    assert_usable(model, model._module, rows())
+
+
 def test_an_error_in_a_view_says_what_happened(viewed):
     with pytest.raises(NotInTreeError, match="neither a module nor an attribute 'nothing_here'"):
         with viewed.trace(rows()):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from nnsight.errors import NotInTreeError, ReadOnlyError, ViewError
+from nnsight.errors import NamingError, NotInTreeError, ReadOnlyError, ViewError
 from nnsight.kernel.controller import current_run
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.mediator import Mediator
@@ -51,6 +51,8 @@ class eproperty:  # noqa: N801 - used like `property`
         self, key: str | View | None = None, *, view: View | None = None, inverse: View | None = None,
         description: str = "",
     ) -> None:  # fmt: skip
+        if isinstance(key, str) and not all(key.split(".")):
+            raise NamingError(f"eproperty(key={key!r}) cannot be used: it is 'output' or a path to it, 'mlp.output'.")
         self._key: str | None = None if callable(key) else key
         self._view = view
         self._inverse = inverse
@@ -156,6 +158,11 @@ class eproperty:  # noqa: N801 - used like `property`
         except AttributeError as error:
             raise NotInTreeError(f"`{envoy.path}.{self._name}` is a view of `{self._key}`, but {error}") from None
         assert isinstance(target, Envoy)
+        if port in target._children:
+            raise NamingError(
+                f"`{envoy.path}.{self._name}`: {self._key!r} is a module, not a value. Say which of its values is "
+                f"meant: key='{self._key}.output' or '{self._key}.input'."
+            )
         return target, port
 
     def _find(self, envoy: Any) -> tuple[Mediator, _Location]:
