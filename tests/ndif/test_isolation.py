@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from nnsight import LanguageModel
 from nnsight_ndif import Limits, Local, launch
 from nnsight_ndif.errors import IsolationError, RunnerError, RunnerTimeoutError
 
@@ -170,6 +171,23 @@ def test_endless_loop_is_killed_at_its_deadline(net, x):
             while True:
                 pass
     assert time.monotonic() - start < 5
+
+
+def test_endless_generation_is_ended_at_the_deadline():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=1, n_embd=8, n_head=1, vocab_size=16, n_positions=60_000, bos_token_id=1, eos_token_id=2
+    )
+    model = LanguageModel(GPT2LMHeadModel(config).eval())
+    start = time.monotonic()
+    with pytest.raises(RunnerTimeoutError, match="longer than it may"):
+        with model.generate(
+            torch.tensor([[3]]), max_new_tokens=50_000, min_new_tokens=50_000, do_sample=False, pad_token_id=0,
+            backend=Local(Limits(seconds=2)),
+        ):  # fmt: skip
+            model.lm_head.output
+    assert time.monotonic() - start < 10
 
 
 def test_endless_talk_is_ended(net, x):

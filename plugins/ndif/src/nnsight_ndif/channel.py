@@ -18,6 +18,7 @@ from nnsight_ndif.errors import FrameError, RunnerError, RunnerTimeoutError
 _HEADER = struct.Struct("<BI")
 _MAX_BODY = 64 << 20
 _CHUNK = 1 << 20
+_TOO_LONG = "The block took longer than it may; its process was killed."
 
 
 class Kind(IntEnum):
@@ -103,6 +104,15 @@ class Channel:
             raise FrameError(f"a message announces {length} bytes: {_MAX_BODY} is the most")
         return _KINDS[number], wire.decode(self._take(length))
 
+    def check_time(self) -> None:
+        """Raise when the deadline has passed.
+
+        Raises:
+            RunnerTimeoutError: it has.
+        """
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise RunnerTimeoutError(_TOO_LONG)
+
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
@@ -128,4 +138,4 @@ class Channel:
         poll.register(self._socket, event)
         left = self._deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000):
-            raise RunnerTimeoutError("The block took longer than it may; its process was killed.")
+            raise RunnerTimeoutError(_TOO_LONG)

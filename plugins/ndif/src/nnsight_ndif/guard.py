@@ -1,7 +1,8 @@
 """A check of indices before a module looks them up: out of range they would end a CUDA context, not just the call.
 
 It takes a seat of its own in every run that a runner's block takes part in, behind all other blocks, and looks at what
-embeddings are given once the block has written anything.
+embeddings are given once the block has written anything. At the same places it looks at the clock: a generation that
+the block asked for must end at the job's deadline, too, although nobody waits for a message then.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from nnsight import InputError, Interleaver, Mediator, NNsight, current_run
 class Guard:
     """Checks the indices that the embeddings of a model are given.
 
+    Args:
+        root: the model.
+        check_time: raises when the job has taken too long.
+
     Attributes:
         has_written: whether the block has put anything in place of the model's own.
     """
 
-    def __init__(self, root: NNsight) -> None:
-        self._embeddings = [envoy for _, envoy in root.named_modules() if isinstance(envoy._module, nn.Embedding)]
+    def __init__(self, root: NNsight, check_time: Callable[[], None]) -> None:
+        self.check_time = check_time
+        known = [envoy for _, envoy in root.named_modules() if isinstance(envoy._module, nn.Embedding)]
+        self._watched = [root, *(envoy for envoy in known if envoy is not root)]
         self.has_written = False
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +40,7 @@ class Guard:
         def run_guarded(*args: Any, **kwargs: Any) -> Any:
             run = current_run.get()
             if run is not None:
-                for envoy in self._embeddings:
+                for envoy in self._watched:
                     number = run.number_of(envoy._module)
                     if number is not None:
                         _Seat(run, number, self, envoy._module)
@@ -54,10 +61,11 @@ class Guard:
 
 
 class _Seat(Mediator):
-    """Looks at every call of one embedding."""
+    """Looks at every call of one module."""
 
     def __init__(self, run: Interleaver, number: int, guard: Guard, module: Any) -> None:
-        super().__init__(run, self._look, self._look, order=sys.maxsize)
+        super().__init__(run, _no_request, _no_request, order=sys.maxsize)
+        del self.to_block  # the method below: a bound method in its place would be a reference cycle
         self._guard = guard
         self._module = module
         self._input = number
@@ -69,12 +77,18 @@ class _Seat(Mediator):
         self.wanted = {self._input: self.run.count(self._input)}
         self.run.enqueue(self, self._input)
 
-    def _look(self) -> None:
+    def to_block(self) -> None:
+        """Look at what the module is given. Other blocks are resumed here."""
         run = self.run
         assert run is not None
-        if self._guard.has_written:
+        self._guard.check_time()
+        if self._guard.has_written and isinstance(self._module, nn.Embedding):
             check(self._module, run.value)
         self._wait()
+
+
+def _no_request() -> None:
+    raise AssertionError("a guard asks for nothing")
 
 
 def check(module: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:

@@ -62,7 +62,7 @@ class Seat:
         self._printed = printed
         self._warned = warned
         self._left = may_print
-        self._guard = Guard(root)
+        self._guard = Guard(root, runner.channel.check_time)
         self._answers: dict[Kind, Callable[[Any], Reply]] = {
             Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
             Kind.GO: self._go, Kind.CALL: self._call, Kind.HOOKED: self._hooked, Kind.ATTRIBUTE: self._attribute,
