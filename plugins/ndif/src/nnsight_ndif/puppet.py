@@ -20,6 +20,7 @@ from nnsight.protocols import Inputs
 from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held, contents
+from nnsight_ndif.names import GivenNames
 from nnsight_ndif.report import rebuild
 from nnsight_ndif.window import Window
 
@@ -246,8 +247,9 @@ class StandInModel(StandInEnvoy, NNsight):
 
     def __init__(self, link: Link, description: list[Any]) -> None:
         self.__dict__["_link"] = link
-        modules, mounted, locations, ends = description
+        modules, mounted, locations, ends, names = description
         build(link, modules)
+        self.__dict__["_naming"] = GivenNames(names, StandInEnvoy)
         super().__init__(link.modules["model"])
         for path in mounted:
             parent, _, name = path.rpartition(".")
@@ -259,9 +261,6 @@ class StandInModel(StandInEnvoy, NNsight):
                 link.theirs[number], link.ours[found] = found, number
         self._tree.ends[:] = [link.ours[number] for number in ends if number in link.ours]
         link.result = link.theirs[self._tree.result]
-
-    def _class_of(self, path: str, module: nn.Module) -> type[Envoy]:
-        return StandInEnvoy
 
     def _at(self, path: str) -> Any:
         return self.get(path)

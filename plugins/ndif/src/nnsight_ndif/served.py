@@ -10,6 +10,7 @@ import torch
 
 from nnsight import Envoy, NNsight, Tracer
 from nnsight.protocols import Inputs
+from nnsight_ndif.names import describe_names
 
 
 @contextmanager
@@ -75,4 +76,5 @@ def describe_tree(root: NNsight) -> list[Any]:
          envoy._module.training]
         for path, envoy in envoys.items()
     ]  # fmt: skip
-    return [modules, mounted, [[at.path, at.port] for at in root._tree.locations], list(root._tree.ends)]
+    locations = [[at.path, at.port] for at in root._tree.locations]
+    return [modules, mounted, locations, list(root._tree.ends), describe_names(root)]
