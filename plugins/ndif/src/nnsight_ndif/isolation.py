@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import sys
@@ -53,6 +54,7 @@ class Limits:
     files: int = 64
 
 
+@functools.cache
 def readable_paths() -> list[str]:
     """Return the folders that a block must be able to read: Python, its packages and the system's libraries."""
     found = {sys.prefix, sys.base_prefix, "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/dev/urandom", "/dev/null"}
@@ -79,19 +81,12 @@ def missing(allowed: Collection[str] = ()) -> dict[str, str]:
     return {name: reason for name, reason in found.items() if reason}
 
 
-def require(allowed: Collection[str] = ()) -> None:
-    """Raise unless this system can give every measure that is not waived.
-
-    Raises:
-        IsolationError: it cannot; all that is missing is named.
-    """
-    lost = missing(allowed)
-    if lost:
-        told = "; ".join(f"{name} ({reason})" for name, reason in lost.items())
-        raise IsolationError(
-            f"This system cannot isolate a block: {told}. Run it on a Linux that can, or, where every block comes from "
-            f"somebody you trust, waive it with NNSIGHT_ALLOW_MISSING={','.join(lost)}."
-        )
+def prepare() -> None:
+    """Work out, in the process that runners are forked from, what would be the same in each."""
+    readable_paths()
+    if seccomp.is_known_machine():
+        seccomp.program()
+    _libc()
 
 
 def enter_namespaces() -> None:
@@ -206,6 +201,7 @@ def _try_filter() -> None:
     _filter()
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import struct
@@ -65,6 +66,7 @@ def is_known_machine() -> bool:
     return platform.machine() in _MACHINES
 
 
+@functools.cache
 def program() -> bytes:
     """Return the filter for this machine, as BPF instructions."""
     arch, column = _MACHINES[platform.machine()]

@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     _warm()
+    isolation.prepare()
     lost = isolation.missing(waived)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
     gc.collect()
