@@ -58,13 +58,12 @@ class CapturedMediator(Mediator):
         may_miss: whether it just ends where the run does not reach what it asks for.
     """
 
-    may_miss = False
-
-    __slots__ = ("_last", "_unsplit", "batch", "block", "body", "carrier")
+    __slots__ = ("_last", "_unsplit", "batch", "block", "body", "carrier", "may_miss")
 
     def __init__(self, run: Interleaver, block: CapturedBlock, order: int, batch: Batch | None) -> None:
         self.block: CapturedBlock | None = block
         self.batch = batch
+        self.may_miss = False
         #: What was read last: location, visit, joint value, the rows of it, and the containers of those as they were.
         self._last: tuple[int, int, Any, Any, Any] | None = None
         self._unsplit: list[Unsplit] = []

@@ -12,13 +12,16 @@ import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch._C import _get_tracing_state
+from torch.nn.modules import module as torch_module
 
 from nnsight.errors import TracerStateError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from nnsight.kernel.interleaver import Interleaver
     from nnsight.kernel.location import Tree
 
@@ -32,11 +35,20 @@ _lock = threading.RLock()
 _get_ident = threading.get_ident
 
 
-def make_controller(tree: Tree, number: int, call: Callable[..., Any]) -> Controller:
-    """Return what runs in place of `call` for the module whose input has `number` (its output the next)."""
+def make_controller(tree: Tree, number: int, call: Callable[..., Any], module: nn.Module | None = None) -> Controller:
+    """Return what runs in place of `call` for the module whose input has `number` (its output the next).
+
+    Args:
+        tree: the numbering of the model that the module is a part of.
+        number: the location of its input.
+        call: what would run.
+        module: the module, where `call` does no more than torch's own `_call_impl`; without hooks its `forward` is
+            then called straight, which costs less than the visit adds.
+    """
     output = number + 1
     get_run = current_run.get
     get_ident = _get_ident
+    values = _ALWAYS_HOOKED if module is None or not _is_call_known(type(module)) else module.__dict__  # type: ignore[arg-type]
 
     def controller(*args: Any, **kwargs: Any) -> Any:
         run = get_run()
@@ -50,14 +62,38 @@ def make_controller(tree: Tree, number: int, call: Callable[..., Any]) -> Contro
         if number in waiting:
             args, kwargs = run.serve(number, (args, kwargs))
             value = call(*args, **kwargs) if run.skipped is None else run.take_skipped(number)
-        else:
+        elif (
+            values["_forward_hooks"]
+            or values["_forward_pre_hooks"]
+            or values["_backward_hooks"]
+            or values["_backward_pre_hooks"]
+            or _forward
+            or _forward_pre
+            or _backward
+            or _backward_pre
+            or _get_tracing_state() is not None
+        ):
             value = call(*args, **kwargs)
+        else:
+            value = module.forward(*args, **kwargs)  # type: ignore[union-attr]
         counts[output] += 1
         if output in waiting:
             return run.serve(output, value)
         return value
 
     return controller
+
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_forward, _forward_pre, _backward, _backward_pre = (getattr(torch_module, f"_global{kind}") for kind in _KINDS)
+_ALWAYS_HOOKED: dict[str, Any] = {"_forward_hooks": True}
+
+
+@cache
+def _is_call_known(cls: type[nn.Module]) -> bool:
+    """Return whether a module of this class runs torch's own call, with no kinds of hooks but those known here."""
+    kinds = {name for name in nn.Module._call_impl.__code__.co_names if name.endswith("_hooks")}
+    return cls._call_impl is nn.Module._call_impl and kinds == {*_KINDS, *(f"_global{kind}" for kind in _KINDS)}
 
 
 class Instrumentation:
@@ -150,7 +186,7 @@ class Instrumentation:
         for index in range(len(self._slots), len(self._modules)):
             module, number = self._modules[index]
             slot = module.__dict__
-            controller = make_controller(self.tree, number, module._call_impl)
+            controller = make_controller(self.tree, number, module._call_impl, module)
             self._slots.append((slot, controller))
             if SLOT in slot:
                 self._chain(module, number)

@@ -41,6 +41,7 @@ class Envoy:
     _path: str
     _tree: Tree
     _number: int
+    _output_at: tuple[Tree, int]  # one look-up for what the hot path needs: an envoy's attributes are slow to find
     _children: dict[str, Envoy]
     _aliases: Mapping[str, Envoy] = MappingProxyType({})
     _naming: Naming | None = None
@@ -56,9 +57,14 @@ class Envoy:
     def output(self) -> Any:
         """What the module's caller gets from it, after the user's own hooks. Only inside a block."""
         try:
-            blocks = open_blocks.get(_getframe(1))
-            if blocks is not None and blocks[-1].tree is self._tree:  # what `_block` finds, for the common case
-                return blocks[-1].read(self._number + 1)
+            # What `_seat` finds, for the common cases: the block's own frame, and a comprehension or helper in it.
+            frame = _getframe(1)
+            blocks = open_blocks.get(frame) or open_blocks.get(frame.f_back)  # type: ignore[arg-type]
+            if blocks is not None:
+                block = blocks[-1]
+                tree, number = self._output_at
+                if block.tree is tree:
+                    return block.read(number)
             block, number = self._seat("output")
             return block.read(number + 1)
         except AttributeError as error:

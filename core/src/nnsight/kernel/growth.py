@@ -24,6 +24,7 @@ def build(envoy: Envoy, module: nn.Module) -> None:
         _module=module, _tree=tree, _path=ROOT, _number=tree.add_module(ROOT), _parent=None, _children={},
         _envoys={}, _instrumentation=Instrumentation(tree), _root=weakref.ref(envoy), edits=[],
     )  # fmt: skip
+    values["_output_at"] = (tree, envoy._number + 1)
     envoy._instrumentation.add(module, envoy._number)
     _grow(envoy, envoy)
     _name(envoy)
@@ -198,6 +199,7 @@ def _mirror(root: Envoy, parent: Envoy, name: str, module: nn.Module) -> Envoy:
     values["_tree"] = tree
     values["_path"] = path
     values["_number"] = number
+    values["_output_at"] = (tree, number + 1)
     values["_parent"] = weakref.ref(parent)
     values["_root"] = root._root
     values["_children"] = {}

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     Condition = tuple[Mediator, Callable[[], bool], str]
 
 
+_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
+
+
 class Deferred:
     """A value that several blocks bring together, known when all have been served."""
 
@@ -56,22 +59,35 @@ class Interleaver:
         skipped: a one-tuple with what the module being entered shall return instead of running, or None.
     """
 
-    # What few runs ever change is kept on the class: making a run is a part of every trace.
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = MappingProxyType({})
-    mediators: Sequence[Mediator] = ()
-    conditions: Sequence[Condition] = ()
-    skipped_paths: Sequence[str] = ()
-    closing: Sequence[Callable[[], None]] = ()
-    at = -1
-    value: Any = None
-    thread = 0
-    skipped: tuple[Any] | None = None
-    is_running = is_over = is_held = False
-    _error: BaseException | None = None
-    _is_error_told = False
-    _is_closing = False
-    _interrupt: BaseException | None = None
+    # Slots, every one set: a visit reads most of them, and a default on the class is slow to find.
+    __slots__ = (
+        "__weakref__",
+        "_began_in",
+        "_error",
+        "_function",
+        "_instrumentation",
+        "_interrupt",
+        "_is_closing",
+        "_is_error_told",
+        "args",
+        "at",
+        "carrier",
+        "closing",
+        "conditions",
+        "counts",
+        "is_held",
+        "is_over",
+        "is_running",
+        "kwargs",
+        "mediators",
+        "module",
+        "skipped",
+        "skipped_paths",
+        "thread",
+        "tree",
+        "value",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -94,6 +110,19 @@ class Interleaver:
         self.tree: Tree | None = instrumentation.tree
         self.module = module
         self._function: Callable[..., Any] | None = function
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: Mapping[str, Any] = _NO_KWARGS
+        self.mediators: Sequence[Mediator] = ()
+        self.conditions: Sequence[Condition] = ()
+        self.skipped_paths: Sequence[str] = ()
+        self.closing: Sequence[Callable[[], None]] = ()
+        self.at = -1
+        self.value: Any = None
+        self.thread = 0
+        self.skipped: tuple[Any] | None = None
+        self.is_running = self.is_over = self.is_held = self._is_error_told = self._is_closing = False
+        self._error: BaseException | None = None
+        self._interrupt: BaseException | None = None
         self.counts: list[int] = [0] * len(instrumentation.tree.locations)
         self.waiting: dict[int, Mediator | list[Mediator]] = {}
         context.run(_enter_model_side, self)
@@ -382,7 +411,7 @@ class Interleaver:
         self.is_running, self.is_over = False, True
         self.tree = self.carrier = self._function = self.module = self.value = self.skipped = None
         self._error = None
-        self.args, self.kwargs = (), MappingProxyType({})
+        self.args, self.kwargs = (), _NO_KWARGS
         for mediator in self.mediators:
             mediator.close()
         self.mediators = self.conditions = ()

@@ -55,24 +55,33 @@ class Mediator:
     OutOfOrderError = OutOfOrderError
     MissedProviderError = MissedProviderError
 
-    # What few blocks ever change is kept on the class: making a mediator is a part of every trace.
-    step: int | None = 0
-    passed = 0
-    wanted: dict[int, int] | None = None
-    number = -1
-    occurrence = 0
-    served = -1
-    first = -1
-    loops = 0
-    line = 0
-    is_done = False
-    is_stopped = False
-    error: BaseException | None = None
-    outer: Any = None
-    owner: object = None
-    frame: FrameType | None = None
-    has_call = False
-    _pending_call: Callable[[], None] | None = None
+    # Slots, every one set: a request reads most of them, and a default on the class is slow to find.
+    __slots__ = (
+        "__weakref__",
+        "_pending_call",
+        "error",
+        "first",
+        "frame",
+        "has_call",
+        "is_done",
+        "is_stopped",
+        "line",
+        "loops",
+        "number",
+        "occurrence",
+        "order",
+        "outer",
+        "owner",
+        "passed",
+        "run",
+        "served",
+        "step",
+        "thread",
+        "to_block",
+        "to_model",
+        "tree",
+        "wanted",
+    )
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
         self.run: Interleaver | None = run
@@ -81,6 +90,16 @@ class Mediator:
         self.to_block = to_block
         self.order = order
         self.thread = _get_ident()
+        self.step: int | None = 0
+        self.passed = self.occurrence = self.loops = self.line = 0
+        self.number = self.served = self.first = -1
+        self.wanted: dict[int, int] | None = None
+        self.is_done = self.is_stopped = self.has_call = False
+        self.error: BaseException | None = None
+        self.frame: FrameType | None = None
+        self.outer: Any = None
+        self.owner: object = None
+        self._pending_call: Callable[[], None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -102,19 +121,19 @@ class Mediator:
             raise causes.block_is_over(self)
         if self.first < 0:
             self.first = number
-        counts = run.counts
-        seen = counts[number] if number < len(counts) else run.count(number)
         step = self.step
-        if step and run.tree is not None and run.tree.is_end(number):
-            step = 0  # there is one, at whatever step it is asked for
-        if run.at == number and (step is None or seen == step + 1):
+        if step is None or step:
+            step = self._step_of(run, number)
+        try:
+            seen = run.counts[number]
+        except IndexError:  # numbered while the run was open
+            seen = run.count(number)
+        if seen > step:
+            if run.at != number or seen != step + 1:
+                raise causes.out_of_order(run, number, step)
             if _get_ident() != self.thread:
                 raise wrong_thread("A value", self)
             return run.value
-        if step is None:
-            step = seen
-        elif seen > step:
-            raise causes.out_of_order(run, number, step)
         if run.is_over:
             self._not_served(run, {number: step})
         self.number, self.occurrence = number, step
@@ -131,6 +150,15 @@ class Mediator:
         if run.at != number:
             self._not_served(run, {number: step})
         return run.value
+
+    def _step_of(self, run: Interleaver, number: int) -> int:
+        """Return the occurrence that a request means."""
+        step = self.step
+        if step is None:  # the one the model stands at, else the next
+            seen = run.count(number)
+            return seen - 1 if run.at == number else seen
+        # Of the end of a run there is one, at whatever step it is asked for.
+        return 0 if run.tree is not None and run.tree.is_end(number) else step
 
     def write(self, number: int, value: Any) -> None:
         """Replace the value of a location, waiting for it unless the model stands there."""

@@ -119,9 +119,11 @@ class GreenletCarrier:
         is_model: whether the model is carried, and not a block: inference mode is the model's on both sides.
     """
 
-    __slots__ = ("_context", "_driver", "_is_model", "_job", "_state", "_worker", "pause", "thread")
+    __slots__ = ("_context", "_driver", "_is_model", "_job", "_state", "_switch", "_worker", "pause", "thread")
 
-    pause: Callable[[], Any]  # the `switch` of the driver: no call of ours in between
+    # The `switch` of the driver and of the worker: no call of ours in between.
+    pause: Callable[[], Any]
+    _switch: Callable[[], Any]
 
     def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = _get_ident()
@@ -142,7 +144,7 @@ class GreenletCarrier:
         mine = probe()
         if mine is not self._state:
             restore(self._state, mine, lend=not self._is_model)
-        worker.switch()
+        self._switch()
         now = self._state = probe()
         if now is not mine:
             restore(mine, now, lend=self._is_model)
@@ -177,6 +179,7 @@ class GreenletCarrier:
         home.take_down()
         resting = home.models if self._is_model else home.blocks
         worker = self._worker = resting.pop() if resting else _Worker()
+        self._switch = worker.switch
         worker.home = home
         worker.gr_context = self._context
         worker.job = self._work
@@ -191,6 +194,7 @@ class GreenletCarrier:
             # An idle worker must not keep the run's context, and so the run, alive.
             getcurrent().gr_context = None
             self._job = self._worker = None
+            del self._switch
 
 
 class ThreadCarrier:

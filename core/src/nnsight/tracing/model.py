@@ -296,6 +296,7 @@ def _is_mirror(name: str, value: object) -> bool:
         "_tree",
         "_path",
         "_number",
+        "_output_at",
         "_parent",
         "_root",
         "_children",
