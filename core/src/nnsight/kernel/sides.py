@@ -178,7 +178,10 @@ class GreenletCarrier:
         home = _local.idle
         home.take_down()
         resting = home.models if self._is_model else home.blocks
-        worker = self._worker = resting.pop() if resting else _Worker()
+        worker = resting.pop() if resting else _Worker()
+        while worker.dead:  # an interrupt came to it between its job and its rest
+            worker = resting.pop() if resting else _Worker()
+        self._worker = worker
         self._switch = worker.switch
         worker.home = home
         worker.gr_context = self._context
@@ -289,6 +292,8 @@ class ThreadCarrier:
                 context.run(job)
         finally:
             self._model_state = True
+            # A mode left on this thread would be dropped when the thread is gone, maybe after Python is: that aborts.
+            restore(True, probe())
             self._job = None
             self._driver_turn.release()
 
