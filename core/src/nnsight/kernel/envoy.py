@@ -41,7 +41,7 @@ class Envoy:
     _path: str
     _tree: Tree
     _number: int
-    _output_at: tuple[Tree, int]  # one look-up for what the hot path needs: an envoy's attributes are slow to find
+    _output_at: tuple[Tree, int]  # what the hot path needs, in one look-up: an envoy's attributes are slow to find
     _children: dict[str, Envoy]
     _aliases: Mapping[str, Envoy] = MappingProxyType({})
     _naming: Naming | None = None
@@ -57,14 +57,12 @@ class Envoy:
     def output(self) -> Any:
         """What the module's caller gets from it, after the user's own hooks. Only inside a block."""
         try:
-            # What `_seat` finds, for the common cases: the block's own frame, and a comprehension or helper in it.
+            # What `_seat` finds, for a request in the block's own frame, or in a comprehension or helper there.
             frame = _getframe(1)
             blocks = open_blocks.get(frame) or open_blocks.get(frame.f_back)  # type: ignore[arg-type]
-            if blocks is not None:
-                block = blocks[-1]
-                tree, number = self._output_at
-                if block.tree is tree:
-                    return block.read(number)
+            tree, number = self._output_at
+            if blocks is not None and blocks[-1].tree is tree:
+                return blocks[-1].read(number)
             block, number = self._seat("output")
             return block.read(number + 1)
         except AttributeError as error:
@@ -116,15 +114,12 @@ class Envoy:
     def input(self, value: Any) -> None:
         block, number = self._seat("input")
         args, kwargs = block.read(number)
-        if args or not kwargs:
-            block.write(number, ((value, *args[1:]), kwargs))
-        else:
-            block.write(number, (args, {**kwargs, next(iter(kwargs)): value}))
+        is_positional = args or not kwargs
+        new = ((value, *args[1:]), kwargs) if is_positional else (args, {**kwargs, next(iter(kwargs)): value})
+        block.write(number, new)
 
     # What the value is called where a model's own child is named `output` or `input` (0.6 programs).
-    nns_output = output
-    nns_input = input
-    nns_inputs = inputs
+    nns_output, nns_input, nns_inputs = output, input, inputs
 
     def skip(self, value: Any) -> None:
         """Let the module return `value` without running. Only inside a block, before the module is entered.
@@ -139,9 +134,8 @@ class Envoy:
         """Call the module, anywhere; inside a block its own visit is not touched.
 
         Args:
-            *args: for the module.
+            *args: for the module, as are the keyword arguments.
             hook: run it on the model side, so that blocks can read and change what happens in it.
-            **kwargs: for the module.
         """
         if hook:
             return self._seat("a hooked call")[0].call(self._module, *args, **kwargs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -61,33 +62,10 @@ class Interleaver:
 
     # Slots, every one set: a visit reads most of them, and a default on the class is slow to find.
     __slots__ = (
-        "__weakref__",
-        "_began_in",
-        "_error",
-        "_function",
-        "_instrumentation",
-        "_interrupt",
-        "_is_closing",
-        "_is_error_told",
-        "args",
-        "at",
-        "carrier",
-        "closing",
-        "conditions",
-        "counts",
-        "is_held",
-        "is_over",
-        "is_running",
-        "kwargs",
-        "mediators",
-        "module",
-        "skipped",
-        "skipped_paths",
-        "thread",
-        "tree",
-        "value",
-        "waiting",
-    )
+        "__weakref__", "_began_in", "_error", "_function", "_instrumentation", "_interrupt", "_is_closing",
+        "_is_error_told", "args", "at", "carrier", "closing", "conditions", "counts", "is_held", "is_over",
+        "is_running", "kwargs", "mediators", "module", "skipped", "skipped_paths", "thread", "tree", "value", "waiting",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -116,9 +94,8 @@ class Interleaver:
         self.conditions: Sequence[Condition] = ()
         self.skipped_paths: Sequence[str] = ()
         self.closing: Sequence[Callable[[], None]] = ()
-        self.at = -1
+        self.at, self.thread = -1, 0
         self.value: Any = None
-        self.thread = 0
         self.skipped: tuple[Any] | None = None
         self.is_running = self.is_over = self.is_held = self._is_error_told = self._is_closing = False
         self._error: BaseException | None = None
@@ -319,7 +296,7 @@ class Interleaver:
             self.waiting[number] = mediator
         else:
             others = entry if isinstance(entry, list) else [entry]
-            self.waiting[number] = sorted([*others, mediator], key=_order)
+            self.waiting[number] = sorted([*others, mediator], key=attrgetter("order"))
 
     def withdraw(self, mediator: Mediator) -> None:
         """Let a block wait for nothing."""
@@ -351,11 +328,7 @@ class Interleaver:
         return self._error is not None
 
     def raise_error(self, again: bool = True) -> None:
-        """Raise what the model raised, if it did.
-
-        Args:
-            again: also when a block has been told already.
-        """
+        """Raise what the model raised, if it did; with `again` also when a block has been told already."""
         if self._error is not None and (again or not self._is_error_told):
             self._is_error_told = True
             error, context = self._error, self._error.__context__
@@ -417,10 +390,6 @@ class Interleaver:
         self.mediators = self.conditions = ()
         if not self._is_closing:
             self.waiting = {}
-
-
-def _order(mediator: Mediator) -> int:
-    return mediator.order
 
 
 def _enter_model_side(run: Interleaver) -> None:

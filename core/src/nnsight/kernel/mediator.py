@@ -57,31 +57,10 @@ class Mediator:
 
     # Slots, every one set: a request reads most of them, and a default on the class is slow to find.
     __slots__ = (
-        "__weakref__",
-        "_pending_call",
-        "error",
-        "first",
-        "frame",
-        "has_call",
-        "is_done",
-        "is_stopped",
-        "line",
-        "loops",
-        "number",
-        "occurrence",
-        "order",
-        "outer",
-        "owner",
-        "passed",
-        "run",
-        "served",
-        "step",
-        "thread",
-        "to_block",
-        "to_model",
-        "tree",
-        "wanted",
-    )
+        "__weakref__", "_pending_call", "error", "first", "frame", "has_call", "is_done", "is_stopped", "line", "loops",
+        "number", "occurrence", "order", "outer", "owner", "passed", "run", "served", "step", "thread", "to_block",
+        "to_model", "tree", "wanted",
+    )  # fmt: skip
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
         self.run: Interleaver | None = run
