@@ -73,6 +73,10 @@ class CapturedMediator(Mediator):
         self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)
 
     @property
+    def has_died(self) -> bool:
+        return self.carrier.has_died
+
+    @property
     def where(self) -> str:
         return f"({self.block.what} at {self.block.where})" if self.block is not None else "(closed)"
 

@@ -157,6 +157,7 @@ class Interleaver:
                 mediator.to_block()
                 while self._answer_condition():
                     pass
+            mediator.is_done = mediator.is_done or mediator.has_died
 
     def _resume(self, mediator: Mediator) -> None:
         """Let a block go on to its next request. One that has raised takes the model down."""

@@ -85,6 +85,11 @@ class Mediator:
         return self.run is not None
 
     @property
+    def has_died(self) -> bool:
+        """Whether an interrupt has ended what carried the block, between two steps of ours."""
+        return False
+
+    @property
     def where(self) -> str:
         """The user's file and line at which the block was opened."""
         frame = self.frame

@@ -36,6 +36,10 @@ class Carrier(Protocol):
 
     thread: int  # the thread that the job runs in
 
+    @property
+    def has_died(self) -> bool:
+        """Whether an interrupt ended what carried the job before the job could say so."""
+
     def resume(self) -> None:
         """Run the job until it pauses or ends. Called by the driver."""
 
@@ -149,6 +153,10 @@ class GreenletCarrier:
         if now is not mine:
             restore(mine, now, lend=self._is_model)
 
+    @property
+    def has_died(self) -> bool:
+        return self._worker is not None and bool(self._worker.dead)
+
     def _drive(self, worker: greenlet, driver: greenlet) -> None:
         """Let the job hand back to another greenlet from now on."""
         self._driver = worker.parent = driver
@@ -202,6 +210,8 @@ class GreenletCarrier:
 
 class ThreadCarrier:
     """Runs a job in a thread of its own. Torch's ambient state is per thread but for inference mode, which is lent."""
+
+    has_died = False  # interrupts come to the main thread alone
 
     def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = 0
