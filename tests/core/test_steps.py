@@ -348,6 +348,55 @@ def test_bounded_loop_that_the_run_cuts_short_warns_once_at_its_line_and_goes_on
     assert len(after) == 3
 
 
+def test_bounded_loop_run_twice_in_one_run_warns_once_for_each_at_its_line(net, model):
+    x = rows()
+    got = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        with model.generate(x) as tracer:
+            for turn in range(3):
+                for step in tracer.iter[:9]:
+                    line = tracer_line()
+                    got.append((turn, step, model.first.output))
+            result = tracer.result
+    assert [(turn, step) for turn, step, _ in got] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert close(got[-1][2], steps_of(net, x)[3][1])
+    assert close(result, steps_of(net, x)[3][3])
+    assert loop_warnings(caught) == [(__file__, line - 1)] * 3
+    assert "ended before step 4" in str(caught[0].message)
+    assert all("ended before step 0: this loop goes up to step 8" in str(found.message) for found in caught[1:])
+
+
+@pytest.mark.parametrize("steps", [slice(9), slice(None), 0, [1, 2]])
+def test_loop_that_begins_after_the_last_pass_makes_no_step(net, model, steps):
+    x = rows()
+    got = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        with model.generate(x) as tracer:
+            ids = model.generator.output
+            for step in tracer.iter[steps]:
+                got.append(step)
+            with tracer.iter[steps] as step:
+                got.append(step)
+            result = tracer.result
+            for step in tracer.iter[steps]:
+                got.append(step)
+    assert got == []
+    assert result is ids
+    assert len(caught) == (0 if steps == slice(None) else 3)
+    assert_idle(net)
+
+
+def test_second_loop_over_steps_that_have_passed_fails_at_once_while_there_are_more(net, model):
+    with pytest.raises(OutOfOrderError, match="occurrence 0 of it was asked for"):
+        with model.generate(rows()) as tracer:
+            for _ in range(2):
+                for _ in tracer.iter[:2]:
+                    _ = model.first.output
+    assert_idle(net)
+
+
 def tracer_line():
     import sys
 

@@ -69,7 +69,8 @@ class Iteration(Capture):
         is_first = True
         try:
             for step in self._numbers:
-                if not is_first and not self._wait_for(mediator, step):
+                # The first step is not waited for: what it will ask for is not known, and may be in the pass before.
+                if not (_has_passes(mediator) if is_first else self._wait_for(mediator, step)):
                     self._warn(step, filename, line)
                     break
                 is_first = False
@@ -85,11 +86,9 @@ class Iteration(Capture):
     def _wait_for(self, mediator: Mediator, step: int) -> bool:
         """Wait until a step begins; return False when the run ends before."""
         run = mediator.run
-        if run is None or run.is_over or run.tree is None:
+        if run is None or run.tree is None or not _has_passes(mediator):
             return False
         ends = run.tree.ends
-        if any(run.count(number) for number in ends):
-            return False
         wanted = {self._root: step}
         if mediator.first >= 0:
             wanted[mediator.first] = step
@@ -116,6 +115,14 @@ class Iteration(Capture):
         finally:
             write_back([scope])
             scope.close()
+
+
+def _has_passes(mediator: Mediator) -> bool:
+    """Return whether the run is still at its passes: not when it is over, or has reached what comes after the last."""
+    run = mediator.run
+    if run is None or run.is_over or run.tree is None:
+        return False
+    return not any(run.count(number) for number in run.tree.ends)
 
 
 def _numbers(steps: int | slice | Iterable[int]) -> tuple[Iterable[int], int | None]:
