@@ -459,6 +459,29 @@ def test_barrier_for_more_blocks_than_exist_says_what_waits_for_what(net, model)
     assert_usable(model, net, rows())
 
 
+def test_every_block_at_a_barrier_says_how_many_had_come_in_the_end(model):
+    with pytest.raises(DeadlockError) as caught:
+        with model.trace() as tracer:
+            barrier = tracer.barrier(4)
+            for number in range(3):
+                with tracer.invoke(rows(number)):
+                    _ = model.h[number].output
+                    barrier()
+    assert str(caught.value).count("waits for a barrier of 4 blocks, at which 3 had come") == 3
+
+
+def test_a_later_round_of_a_barrier_counts_its_own_arrivals(model):
+    with pytest.raises(DeadlockError) as caught:
+        with model.trace() as tracer:
+            barrier = tracer.barrier(3)
+            for number in range(3):
+                with tracer.invoke(rows(number)):
+                    barrier()
+                    if number:
+                        barrier()
+    assert str(caught.value).count("waits for a barrier of 3 blocks, at which 2 had come") == 2
+
+
 def test_blocks_that_wait_for_each_other_are_a_deadlock(net, model):
     with pytest.raises(DeadlockError, match=r"waits for a barrier.*The block .* waits for the name 'value'"):
         with model.trace() as tracer:

@@ -29,10 +29,11 @@ class Barrier:
         block = self._tracer.current_block()  # before counting: a call that is refused has not arrived
         self._arrived += 1
         needed = -(-self._arrived // self._count) * self._count  # the end of this round
-        block.wait_until(
-            lambda: self._arrived >= needed,
-            f"a barrier of {self._count} blocks, at which {self._count - (needed - self._arrived)} had come",
-        )
+        block.wait_until(lambda: self._arrived >= needed, self)
+
+    def __str__(self) -> str:
+        """Say what it is and how many have come in the round that nobody has ended yet."""
+        return f"a barrier of {self._count} blocks, at which {self._arrived % self._count} had come"
 
 
 def barrier(tracer: Tracer, n_participants: int) -> Barrier:

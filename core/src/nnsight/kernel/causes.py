@@ -40,7 +40,7 @@ def missed(run: Interleaver, wanted: dict[int, int]) -> MissedProviderError:
     )
 
 
-def deadlock(run: Interleaver, mediator: Mediator, what: str) -> DeadlockError:
+def deadlock(run: Interleaver, mediator: Mediator, what: object) -> DeadlockError:
     """Return the error for a block that waits for something no other block can do any more."""
     others = "".join(f" The block {other.where} waits for {theirs}." for other, _, theirs in run.conditions)
     return DeadlockError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnsight.kernel.mediator import Mediator
 
     #: A block that waits for what other blocks do, whether that is done, and what it is.
-    Condition = tuple[Mediator, Callable[[], bool], str]
+    Condition = tuple[Mediator, Callable[[], bool], object]
 
 
 _NO_KWARGS: Mapping[str, Any] = MappingProxyType({})

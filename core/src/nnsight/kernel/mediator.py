@@ -171,12 +171,12 @@ class Mediator:
         self._park(run, wanted)
         return self.served
 
-    def wait_until(self, is_met: Callable[[], bool], what: str) -> None:
+    def wait_until(self, is_met: Callable[[], bool], what: object) -> None:
         """Wait for something that other blocks of this run do, such as binding a name.
 
         Args:
             is_met: looked at whenever a block has handed over.
-            what: completes "waits for", for the error when it cannot happen any more.
+            what: its `str` completes "waits for" in the error, told when it cannot happen any more.
 
         Raises:
             DeadlockError: the run is over and nobody can do it any more.
