@@ -426,6 +426,58 @@ def test_edited_copy_of_a_part_keeps_its_model():
     assert torch.equal(result, torch.zeros(2, WIDTH))
 
 
+def test_edited_copy_of_a_part_is_freed_without_the_cyclic_collector():
+    def make():
+        net = seeded(Net)
+        model = NNsight(net)
+        with model.h[0].edit() as block:
+            block.output[:] = 0
+        with block.edit(inplace=True):
+            block.mlp.output = block.mlp.output + 1
+        with block.edit() as again:
+            again.output = block.attn.output
+        with again.trace(rows()):
+            pass
+        with block.root.trace(rows()) as tracer:
+            result = tracer.result
+        assert torch.equal(result, net.lm_head(net.h[2](net.h[1](torch.zeros(2, WIDTH)))))
+        return weakref.ref(net), weakref.ref(block.root), weakref.ref(again.root)
+
+    make()
+    gc.collect()
+    gc.disable()
+    try:
+        assert [reference() for reference in make()] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+def test_edited_copy_of_a_part_is_a_part_of_its_model():
+    net = seeded(Net)
+    model, x = NNsight(net), rows()
+    with model.h[0].edit() as block:
+        block.output[:] = 0
+    assert block.path == "model.h.0"
+    assert [path for path, _ in block.named_modules()] == ["model.h.0", "model.h.0.attn", "model.h.0.mlp"]
+    block.adapter = torch.nn.Linear(WIDTH, WIDTH)
+    assert block.root.h[0].adapter is block.adapter
+    assert block.adapter.path == "model.h.0.adapter"
+    assert block.adapter.parent is block.root.h[0]
+    with block.edit(inplace=True):
+        block.output = block.adapter(block.output, hook=True)
+    with block.root.trace(x):
+        adapted = block.adapter.output
+        hidden = block.root.h[1].input
+    assert torch.equal(adapted, net.h[0].adapter(torch.zeros(2, WIDTH)))
+    assert hidden is adapted
+    with model.trace(x):
+        untouched = model.h[0].output
+    assert torch.equal(untouched, net.h[0](net.emb(x)))
+    del block.adapter
+    assert [path for path, _ in block.named_modules()] == ["model.h.0", "model.h.0.attn", "model.h.0.mlp"]
+    assert not hasattr(block, "adapter")
+
+
 def test_edit_does_not_keep_the_function_it_was_written_in(model):
     class Thing:
         pass

@@ -10,6 +10,8 @@ from nnsight.builtin.steps import iter_steps
 from nnsight.capture.cells import bind
 from nnsight.joint.captured import CapturedBlock
 from nnsight.joint.invoker import Capture
+from nnsight.kernel.envoy import Envoy as AnyEnvoy
+from nnsight.kernel.growth import in_tree
 
 if TYPE_CHECKING:
     from nnsight.joint.iteration import Iteration, Steps
@@ -29,7 +31,10 @@ class KeptBlock(CapturedBlock):
 
     def __init__(self, block: CapturedBlock, edited: Envoy) -> None:
         super().__init__(block.scope, None, block.what)
-        self.scope.outlive(edited.root)
+        edited, root = in_tree(edited), edited.root
+        self.scope.outlive(
+            root, lambda value: in_tree(value) if isinstance(value, AnyEnvoy) and value._root() is root else value
+        )
         self._unpacks = isinstance(block.entered, tuple)
         self._edited = weakref.ref(edited)
         self.path = edited.path

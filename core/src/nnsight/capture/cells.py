@@ -104,9 +104,15 @@ class Scope:
                 found[name] = value
         return found
 
-    def outlive(self, owner: object) -> None:
-        """Let go of the frame, since nothing will be written back, and refer weakly to what will hold this scope."""
+    def outlive(self, owner: object, stand_in: Callable[[Any], Any]) -> None:
+        """Let go of the frame, since nothing will be written back.
+
+        Args:
+            owner: what will hold this scope, and is referred to weakly.
+            stand_in: returns what to refer to instead of a value that holds the owner; other values as they are.
+        """
         self.frame = None
+        self._values = {name: stand_in(value) for name, value in self._values.items()}
         self._owned = {name for name, value in self._values.items() if value is owner}
         self._owner = weakref.ref(owner)
         self._values = {name: value for name, value in self._values.items() if name not in self._owned}

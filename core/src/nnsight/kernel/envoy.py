@@ -37,6 +37,7 @@ class Envoy:
     Attribute access gives child envoys, and otherwise what the module has. Values are there only inside a block.
     """
 
+    __slots__ = ("__dict__", "__weakref__", "_kept_root")
     _module: nn.Module
     _path: str
     _tree: Tree
@@ -203,7 +204,7 @@ class Envoy:
         """Yield path and envoy of this module and all below it, each module once."""
         yield self._path, self
         for name, child in list(growth.children(self).items()):
-            if child._parent is not None and child._parent() is self and child._path == f"{self._path}.{name}":
+            if child._path == f"{self._path}.{name}":  # else it is an alias of one that is elsewhere
                 yield from child.named_modules()
 
     def modules(self, include_fn: Any = None, names: bool = False) -> list[Any]:
@@ -271,8 +272,7 @@ class Envoy:
         return display.show(self)
 
     def __dir__(self) -> list[str]:
-        names = set(super().__dir__()) | set(dir(self._module))
-        return sorted(names | {name for name in self._children if name.isidentifier()})
+        return sorted({*super().__dir__(), *dir(self._module), *filter(str.isidentifier, self._children)})
 
     # -- attributes of the module ----------------------------------------------------------------------------------
 
@@ -337,6 +337,7 @@ class Envoy:
 
     _parent: weakref.ref[Envoy] | None
     _root: weakref.ref[Envoy]
+    _kept_root: Envoy  # only where nobody else has the root: a part of an edited copy
     #: Only on the root: the envoy of every module, by `id`, and the controllers of the tree.
     _envoys: dict[int, Envoy]
     _instrumentation: Instrumentation
@@ -368,7 +369,7 @@ class Envoy:
         growth.rebind(self, module)
 
     def copy_wrapper(self) -> Self:
-        """Return this envoy of a copy of the whole wrapper: other envoys and edits, the same modules and locations."""
+        """Return this envoy of a copy of the wrapper: other envoys and edits, the same modules and locations."""
         return growth.copy_wrapper(self)
 
     def _class_of(self, path: str, module: nn.Module) -> type[Envoy]:
@@ -376,8 +377,7 @@ class Envoy:
         return Envoy
 
     def _find_root(self) -> Envoy:
-        root = self._root()
-        if root is None:
+        if (root := self._root()) is None:
             raise OrphanError(ORPHAN.format(path=self._path))
         return root
 

@@ -32,7 +32,7 @@ def build(envoy: Envoy, module: nn.Module) -> None:
 
 def mount(envoy: Envoy, name: str, module: nn.Module, ends_steps: bool) -> Envoy:
     """Give a module beside the model's own a place in the tree, such as what collects generated ids."""
-    root = envoy._find_root()
+    root, envoy = envoy._find_root(), in_tree(envoy)
     mounted = _mirror(root, envoy, name, module)
     _grow(root, mounted)
     envoy.__dict__[name] = mounted
@@ -53,8 +53,12 @@ def rebind(envoy: Envoy, module: nn.Module) -> None:
 
 
 def copy_wrapper(envoy: E) -> E:
-    """Return this envoy of a copy of the whole wrapper: other envoys and edits, the same modules and locations."""
-    root = envoy._find_root()
+    """Return this envoy of a copy of the whole wrapper: other envoys and edits, the same modules and locations.
+
+    Nobody but the caller has the copy, so what is returned for a part owns its root. That root owns all parts in its
+    turn: what is returned is another object with the part's attributes, which the tree does not refer to.
+    """
+    root, envoy = envoy._find_root(), in_tree(envoy)
     originals = {id(known) for known in root._envoys.values()}
     copies: dict[int, Envoy] = {}
     new = _copy(root, originals, copies)
@@ -67,8 +71,17 @@ def copy_wrapper(envoy: E) -> E:
         copied.__dict__["_parent"] = weakref.ref(copies[id(parent)]) if parent is not None else None
     _name(new)
     found: E = copies[id(envoy)]  # type: ignore[assignment]
-    if found is not new:
-        found.__dict__["_keeps_root"] = new  # nobody else would
+    if found is new:
+        return found
+    owner = type(found).__new__(type(found))
+    owner.__dict__ = found.__dict__
+    owner._kept_root = new
+    return owner
+
+
+def in_tree(envoy: E) -> E:
+    """Return the envoy that the root has for a module; another one for an envoy that owns its root."""
+    found: E = envoy._find_root()._envoys.get(id(envoy._module), envoy)  # type: ignore[assignment]
     return found
 
 
@@ -92,7 +105,7 @@ def attach(envoy: Envoy, name: str, module: nn.Module) -> Envoy:
         if old._module is module:
             return old
         detach(envoy, name)
-    root = envoy._find_root()
+    root, envoy = envoy._find_root(), in_tree(envoy)
     known = root._envoys.get(id(module))
     if known is None or known._module is not module:
         known = _mirror(root, envoy, name, module)

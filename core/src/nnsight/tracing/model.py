@@ -303,7 +303,6 @@ def _is_mirror(name: str, value: object) -> bool:
         "_envoys",
         "_instrumentation",
         "edits",
-        "_keeps_root",
         "_aliases",
     )
     return name in kept or isinstance(value, kernel.Envoy)
