@@ -11,29 +11,27 @@ same gradients, and what blocks read and compute in it has a graph, which under 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 
-from nnsight.builtin._gradients.record import Recorder, Replay
+from nnsight.builtin._gradients.record import EDITED, Recorder, Replay, leaves_of
 from nnsight.errors import RecomputeError
 from nnsight.kernel.controller import current_run
 
 _get_ident = threading.get_ident
-_EDITED = (
-    "A checkpointed region cannot be computed again: a tensor of shape {shape} that it was given by keyword has been "
-    "edited in place {when}, so its gradients would be those of another computation. Replace the value instead of "
-    "editing it in place (`x.output = new`), or trace the model without gradient checkpointing."
-)
 _LOST = (
     "A checkpointed region cannot be computed again with the edit that was made at `{location}` (occurrence "
     "{occurrence}): that location was not reached this time, so its gradients would be those of another computation. "
-    "Call backward while the trace is open, or trace the model without gradient checkpointing."
+    "Make the edit at the input or output of a module that is still the same at the time of backward, or trace the "
+    "model without gradient checkpointing."
 )
 
 
@@ -43,32 +41,32 @@ class Region:
     Args:
         run: the run, or what stands in for it.
         frame: torch's record of the region. It refers to this, so this must not keep it alive.
+        arguments: what the region is called with, as far as torch says.
     """
 
-    def __init__(self, run: Any, frame: Any) -> None:
+    def __init__(self, run: Any, frame: Any, arguments: Sequence[Any]) -> None:
         self._plain: Callable[..., None] = frame.recompute_fn
         self._frame = weakref.ref(frame)
         self._tree = run.tree
         self._instrumentation = run.instrumentation
-        self._captured = [(weakref.ref(tensor), -1) for tensor in _captured(self._plain)]
-        alive = [tensor for reference, _ in self._captured if (tensor := reference()) is not None]
-        self._recorder: Recorder | None = Recorder(run, frame, alive)
+        captured = _captured(self._plain, arguments)
+        self._captured = [(weakref.ref(tensor), tensor._version) for tensor in captured]
+        self._recorder: Recorder | None = Recorder(run, frame, arguments, captured)
         self._is_lost = False
         self._log: Any = None
 
-    def enter(self) -> Any:
-        """Note what blocks do from now on; return what was the current run."""
-        before = current_run.get()
-        current_run.set(cast("Any", self._recorder))
-        return before
+    def enter(self) -> None:
+        """Note what blocks do from now on."""
+        assert self._recorder is not None
+        self._recorder.open()
 
-    def leave(self, before: Any) -> None:
+    def leave(self) -> None:
         """Note no more."""
-        current_run.set(before)
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
         self._log, self._is_lost = recorder.close(), recorder.is_lost
-        self._captured = [(tensor, tensor()._version) for tensor, _ in self._captured]  # type: ignore[union-attr]
+        alive = [tensor for reference, _ in self._captured if (tensor := reference()) is not None]
+        self._captured = [(weakref.ref(tensor), tensor._version) for tensor in alive]
         if self._log is None:
             self._tree = self._instrumentation = None
             return
@@ -85,7 +83,7 @@ class Region:
             tensor = reference()
             if tensor is not None and (self._is_lost or tensor._version != version):
                 when = "in it" if self._is_lost else "since"
-                raise RecomputeError(_EDITED.format(shape=tuple(tensor.shape), when=when))
+                raise RecomputeError(EDITED.format(shape=tuple(tensor.shape), when=when))
         if log is None:
             current_run.set(None)
             try:
@@ -114,26 +112,37 @@ def mount() -> None:
     hook, function = torch.utils.checkpoint._checkpoint_hook, torch.utils.checkpoint.CheckpointFunction
     init, enter, leave = hook.__init__, hook.__enter__, hook.__exit__
     reentrant = function.apply
+    record = torch.utils.checkpoint._CheckpointFrame
+    save = getattr(record, "save_inputs", None)
+
+    def watched_save(self: Any, *args: Any) -> None:
+        save(self, *args)  # type: ignore[misc]
+        if _traced_run() is not None:
+            # torch is not asked for them: in a region within a region it would compute the outer one again.
+            self._nnsight_arguments = args
 
     def watched_init(self: Any, frame: Any) -> None:
         init(self, frame)
         run = _traced_run()
         if run is not None:
-            self._nnsight_region = region = Region(run, frame)
+            self._nnsight_region = region = Region(run, frame, frame.__dict__.pop("_nnsight_arguments", ()))
             frame.recompute_fn = region.recompute
 
     def watched_enter(self: Any) -> Any:
         region = getattr(self, "_nnsight_region", None)
         if region is not None:
-            self._nnsight_before = region.enter()
+            region.enter()
         return enter(self)
 
     def watched_exit(self: Any, *raised: Any) -> Any:
         region = getattr(self, "_nnsight_region", None)
-        if region is not None:
-            del self._nnsight_region
-            region.leave(self.__dict__.pop("_nnsight_before"))
-        return leave(self, *raised)
+        try:
+            return leave(self, *raised)
+        finally:
+            # After torch's hooks are off: what is saved from now on must not be taken for a part of the region.
+            if region is not None:
+                del self._nnsight_region
+                region.leave()
 
     def apply(run_function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         if _traced_run() is None or not torch.is_grad_enabled():
@@ -144,6 +153,8 @@ def mount() -> None:
 
     hook.__init__, hook.__enter__, hook.__exit__ = watched_init, watched_enter, watched_exit  # type: ignore[method-assign]
     function.apply = staticmethod(apply)  # type: ignore[method-assign]
+    if save is not None:
+        record.save_inputs = watched_save  # type: ignore[method-assign]
 
 
 def _traced_run() -> Any:
@@ -152,22 +163,36 @@ def _traced_run() -> Any:
     return run if run is not None and run.tree is not None and run.thread == _get_ident() else None
 
 
-def _captured(recompute: Callable[..., None]) -> list[torch.Tensor]:
-    """Return the tensors that torch keeps for a region without watching them: those given by keyword.
+def _captured(recompute: Callable[..., None], arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the tensors of a region that torch does not watch: by keyword, in containers, or closed over.
 
     Args:
         recompute: torch's function that computes the region again; what it closes over is the region's function and
             its keyword arguments.
+        arguments: the region's positional arguments; torch watches those that are tensors themselves.
     """
     names, cells = recompute.__code__.co_freevars, recompute.__closure__ or ()
     closed = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True) if name in ("fn", "kwargs")}
-    function = closed.get("fn")
-    given = [*closed.get("kwargs", {}).values()]
-    while isinstance(function, functools.partial):
-        given += [*function.args, *function.keywords.values()]
-        function = function.func
-    found = []
-    for value in given:
-        items = value if isinstance(value, tuple | list) else [value]
-        found += [item for item in items if isinstance(item, torch.Tensor) and not item.is_inference()]
-    return found
+    given: list[Any] = [one for one in arguments if not isinstance(one, torch.Tensor)]
+    given.append(closed.get("kwargs", {}))
+    function, seen = closed.get("fn"), set[int]()
+    functions = [function]
+    while functions:
+        function = functions.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        if isinstance(function, functools.partial):
+            given += [*function.args, function.keywords]
+            functions.append(function.func)
+        elif isinstance(function, types.FunctionType):
+            held = [*_contents(function.__closure__ or ()), *(function.__defaults__ or ())]
+            given += held
+            functions += [one for one in held if isinstance(one, types.FunctionType | functools.partial)]
+    return [leaf for leaf in leaves_of(given) if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
+
+
+def _contents(cells: Sequence[Any]) -> Iterator[Any]:
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # a name that is not bound yet
+            yield cell.cell_contents

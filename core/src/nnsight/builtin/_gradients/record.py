@@ -1,23 +1,26 @@
-"""What blocks change in a checkpointed region, and making the same changes again.
-
-Both sides of it stand where controllers look for the run: they have what a controller, or a plugin that visits
-locations of its own, uses of an `Interleaver`.
-"""
+"""What blocks change in a checkpointed region, and making the same changes again."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nnsight.errors import RecomputeError
 from nnsight.joint.containers import transform
 
 Visit = tuple[int, int]  # the number of a location, its occurrence
 _INPUTS: Visit = (-1, 0)  # stands for the arguments that the region was called with
+EDITED = (
+    "A checkpointed region cannot be computed again: a tensor of shape {shape} that it uses but does not compute has "
+    "been edited in place {when}, so its gradients would be those of another computation. Replace the value instead of "
+    "editing it in place (`x.output = new`), or trace the model without gradient checkpointing."
+)
 
 
 class Snapshot:
@@ -78,92 +81,81 @@ class Log(NamedTuple):
     Attributes:
         changes: by visit.
         counts: the visit counts that the region began with.
-        arguments: what the region's arguments were before, if a block has edited them in place.
+        arguments: what the region's arguments were before; None for those that no block has edited in place.
+        storages: the memory that blocks have edited.
     """
 
     changes: dict[Visit, Change]
     counts: list[int]
-    arguments: list[Any] | None
+    arguments: list[Snapshot | None]
+    storages: list[StorageWeakRef]
 
 
-class _Standing:
-    """What is common to a run's stand-ins."""
-
-    tree: Any
-    counts: list[int]
-    waiting: Any
-
-    def count(self, number: int) -> int:
-        if number >= len(self.counts):
-            self.counts.extend([0] * (len(self.tree) - len(self.counts)))
-        return self.counts[number]
-
-    def visit(self, number: int, value: Any) -> Any:
-        self.counts[number] = self.count(number) + 1
-        return self.serve(number, value) if number in self.waiting else value
-
-    def serve(self, number: int, value: Any) -> Any:
-        raise NotImplementedError
+_innermost: dict[Any, Recorder] = {}  # run -> what notes for the region that it passes through
 
 
-class Recorder(_Standing):
-    """Stands before a run while it passes through a region, and notes what its blocks change."""
+@functools.cache
+def _watched(kind: Any) -> Any:
+    """Return the class of runs (or of what stands in for one) while they pass through a region."""
 
-    def __init__(self, run: Any, frame: Any, captured: Sequence[torch.Tensor]) -> None:
+    class Watched(kind):  # type: ignore[misc]
+        __slots__ = ()
+
+        def serve(self, number: int, value: Any) -> Any:
+            return _innermost[self].serve(number, value)
+
+        def take_skipped(self, number: int) -> Any:
+            return _innermost[self].take_skipped(number)
+
+    return Watched
+
+
+class Recorder:
+    """Stands before what serves a run's blocks while it passes through a region, and notes what they change."""
+
+    def __init__(self, run: Any, frame: Any, arguments: Sequence[Any], captured: Sequence[torch.Tensor]) -> None:
         self._run = run
+        self._outer: Recorder | None = _innermost.get(run)
+        around = run if self._outer is None else self._outer
+        self._serve, self._take_skipped = around.serve, around.take_skipped
         self._frame = weakref.ref(frame)
-        self._captured = {tensor.untyped_storage().data_ptr() for tensor in captured}
+        self._captured = {_memory_of(tensor) for tensor in captured}
         self.is_lost = False
-        self._log = Log({}, list(run.counts), None)
-        self._arguments: list[Any] = _arguments(frame)
-        self._before: list[Any] | None = None
-        self._is_before_needed = False
+        self._log = Log({}, list(run.counts), [], [])
+        self._arguments = arguments
+        self._before: list[Snapshot | None] = []
+        self._edited: dict[int, StorageWeakRef] = {}
         self._origins: dict[int, tuple[torch.Tensor, Origin]] = {}
         self._note(_INPUTS, self._arguments)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_run":
-            raise AttributeError(name)
-        return getattr(self._run, name)
-
-    @property
-    def counts(self) -> list[int]:  # type: ignore[override]
-        counts: list[int] = self._run.counts
-        return counts
-
-    @property
-    def waiting(self) -> Any:
-        return self._run.waiting
-
-    @property
-    def closing(self) -> Sequence[Callable[[], None]]:
-        closing: Sequence[Callable[[], None]] = self._run.closing
-        return closing
-
-    @closing.setter
-    def closing(self, leave: Sequence[Callable[[], None]]) -> None:
-        self._run.closing = leave
+    def open(self) -> None:
+        """Have requests served through this. The run stays the current one, which plugins know it by."""
+        if self._outer is None:
+            self._run.__class__ = _watched(self._run.__class__)
+        _innermost[self._run] = self
 
     def serve(self, number: int, value: Any) -> Any:
         """Let the run serve, and note the difference."""
-        visit = number, self.counts[number] - 1
-        if self._before is None:
-            self._before = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in self._arguments]
+        run = self._run
+        visit = number, run.counts[number] - 1
+        if not self._before:
+            self._before = [Snapshot(a) if isinstance(a, torch.Tensor) else None for a in self._arguments]
         leaves = leaves_of(value)
         self._note(visit, leaves)
-        counts, random = list(self.counts), _random_state()
+        counts, random = list(run.counts), _random_state()
         versions = [(tensor, tensor._version, origin) for tensor, origin in self._origins.values()]
-        new = self._run.serve(number, value)
+        new = self._serve(number, value)
         change = Change()
         for tensor, version, origin in versions:
             if tensor._version != version:
                 change.edits.append((origin, Snapshot(tensor)))
-                self._note_storage(tensor.untyped_storage().data_ptr())
+                weak = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._edited.setdefault(_memory_of(tensor), weak)
         after = leaves_of(new)
         if new is not value or len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
             change.value = (self._described(new),)
-        if counts != self.counts:
-            change.counts = list(self.counts)
+        if counts != run.counts:
+            change.counts = list(run.counts)
         if not _same_random(random, now := _random_state()):
             change.random = now
         if change:
@@ -172,19 +164,37 @@ class Recorder(_Standing):
 
     def take_skipped(self, number: int) -> Any:
         """Note what a module was to return without running."""
-        value = self._run.take_skipped(number)
-        visit = number, self.counts[number] - 1
+        value = self._take_skipped(number)
+        visit = number, self._run.counts[number] - 1
         self._log.changes.setdefault(visit, Change()).skipped = (self._described(value),)
         return value
 
     def close(self) -> Log | None:
         """Return what was noted, None for nothing; refer to nothing any more."""
         log, self._origins = self._log, {}
-        if self._is_before_needed:
-            log = log._replace(arguments=self._before)
-            _renew(self._frame(), self._arguments)
-        self._arguments, self._before, self._run = [], None, None
+        if self._outer is None:
+            del _innermost[self._run]
+            self._run.__class__ = type(self._run).__base__
+        else:
+            _innermost[self._run] = self._outer
+        self.is_lost = not self._captured.isdisjoint(self._edited)
+        if log.changes:
+            log.storages.extend(self._edited.values())
+            log.arguments.extend(self._take_over())
+        self._arguments, self._before = [], []
+        self._run = self._outer = self._serve = self._take_skipped = None
         return log if log.changes else None
+
+    def _take_over(self) -> Iterator[Snapshot | None]:
+        """Keep what edited arguments were before, in torch's place, which refuses those that were edited since."""
+        saved = getattr(self._frame(), "saved_args", None)
+        for index, (argument, before) in enumerate(zip(self._arguments, self._before, strict=True)):
+            is_edited = isinstance(argument, torch.Tensor) and _memory_of(argument) in self._edited
+            if is_edited and saved is not None:
+                saved[index] = None
+                yield before
+            else:
+                yield None
 
     def _note(self, visit: Visit, leaves: Iterable[Any]) -> None:
         for index, leaf in enumerate(leaves):
@@ -202,15 +212,12 @@ class Recorder(_Standing):
 
         return transform(value, describe)
 
-    def _note_storage(self, edited: int) -> None:
-        """Note whether what was edited is an argument of the region."""
-        self.is_lost |= edited in self._captured
-        tensors = (argument for argument in self._arguments if isinstance(argument, torch.Tensor))
-        self._is_before_needed |= any(tensor.untyped_storage().data_ptr() == edited for tensor in tensors)
 
+class Replay:
+    """Stands in for the run while a region is computed again, and makes the changes that were noted.
 
-class Replay(_Standing):
-    """Stands in for the run while a region is computed again, and makes the changes that were noted."""
+    It has what a controller, or a plugin that visits locations of its own, uses of an `Interleaver`.
+    """
 
     skipped: tuple[Any] | None = None
     closing: Sequence[Callable[[], None]] = ()
@@ -227,17 +234,19 @@ class Replay(_Standing):
         self.waiting = {number for number, _ in (*log.changes, *self._kept)}
         self._leaves: dict[Visit, list[Any]] = {}
 
+    def count(self, number: int) -> int:
+        if number >= len(self.counts):
+            self.counts.extend([0] * (len(self.tree) - len(self.counts)))
+        return self.counts[number]
+
+    def visit(self, number: int, value: Any) -> Any:
+        self.counts[number] = self.count(number) + 1
+        return self.serve(number, value) if number in self.waiting else value
+
     def inputs(self, args: Sequence[Any]) -> Sequence[Any]:
         """Return the arguments to compute with; those that will be edited in place must not be the originals."""
-        if _INPUTS not in self._kept:
-            return args
-        before = self._log.arguments or [None] * len(args)
-        own = [
-            (arg if old is None else old).detach().requires_grad_(arg.requires_grad).clone()
-            if isinstance(arg, torch.Tensor)
-            else arg
-            for arg, old in zip(args, before, strict=True)
-        ]
+        known = self._log.arguments or [None] * len(args)
+        own = [arg if before is None else before.restored() for arg, before in zip(args, known, strict=True)]
         self._leaves[_INPUTS] = own
         return own
 
@@ -252,6 +261,8 @@ class Replay(_Standing):
         self._done.add(visit)
         for origin, snapshot in change.edits:
             target = self._find(origin)
+            if any(_memory_of(target) == storage.cdata for storage in self._log.storages):
+                raise RecomputeError(EDITED.format(shape=tuple(target.shape), when="in it"))
             _keep_saved(self._frame(), target)
             snapshot.copy_to(target)
         if change.counts is not None:
@@ -304,18 +315,6 @@ def _origins_in(change: Change) -> Iterator[Origin]:
         yield from (leaf for leaf in leaves_of(described) if isinstance(leaf, Origin))
 
 
-def _arguments(frame: Any) -> list[Any]:
-    """Return what a region was called with; nothing where torch does not say."""
-    get = getattr(frame, "get_inputs", None)
-    return list(get()) if get is not None else []
-
-
-def _renew(frame: Any, arguments: Sequence[Any]) -> None:
-    """Have torch keep the arguments as they are now: it refuses those that were edited since."""
-    if frame is not None:
-        frame.save_inputs(*arguments)
-
-
 def _keep_saved(frame: Any, edited: torch.Tensor) -> None:
     """Give what torch has saved of this tensor a copy of its own: it was saved before the edit, and stays as it was."""
     storage = edited.untyped_storage().data_ptr()
@@ -323,6 +322,10 @@ def _keep_saved(frame: Any, edited: torch.Tensor) -> None:
         for handle, tensor in list(saved.items()):
             if tensor.untyped_storage().data_ptr() == storage:
                 saved[handle] = tensor.clone()
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _random_state() -> list[torch.Tensor]:
