@@ -235,6 +235,6 @@ def _run(entry: dict[str, Any], values: dict[str, Any], filename: str) -> None:
     definition.body = ast.parse(entry["source"]).body
     source = ast.unparse(tree)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {"__name__": __name__}
+    namespace: dict[str, Any] = {"__name__": "__edits__"}  # not ours: tracebacks show it
     exec(compile(source, filename, "exec", dont_inherit=True), namespace)
     namespace["edit"](**values)

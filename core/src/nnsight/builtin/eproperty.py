@@ -93,7 +93,7 @@ class eproperty:  # noqa: N801 - used like `property`
                 return value
             view = self._view(envoy, value)
         except AttributeError as error:
-            envoy._keep(self._name, error)  # else Python would ask `__getattr__`, which hides it
+            envoy._failed(self._name, error)  # else Python would ask `__getattr__`, which hides it
             raise
         copies = _copied(view, value)
         if copies:

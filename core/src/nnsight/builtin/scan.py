@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from nnsight._frames import hide
 from nnsight.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -49,8 +50,12 @@ def scan(envoy: Envoy) -> Callable[..., Any]:
         tracer = ScanTracer(envoy, fn, args, kwargs, batched)
         if trace:
             return tracer
-        with tracer:
-            result = tracer.result
+        try:
+            with tracer:
+                result = tracer.result
+        except BaseException as error:
+            hide(error)
+            raise
         return result
 
     return open_scan
@@ -76,6 +81,9 @@ class ScanTracer(Tracer):
         def __exit__(self, kind, error, traceback) -> bool:
             try:
                 return super().__exit__(kind, error, traceback)
+            except BaseException as raised:
+                hide(raised)
+                raise
             finally:
                 self._scanned.leave()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
+from nnsight._frames import users_line
 from nnsight.capture.cells import Scope
 from nnsight.errors import MissedProviderError
 from nnsight.joint.batching import Batch, Unsplit, check_unsplit
@@ -144,8 +145,12 @@ class CapturedMediator(Mediator):
         batch = self.batch
         if batch is None:
             super().write(number, value)
-            return
-        self._splice(self._at_rows(number, batch), number, value)
+        else:
+            self._splice(self._at_rows(number, batch), number, value)
+        self.edited[number] = users_line()
+
+    def edits(self) -> list[tuple[int, str]]:
+        return list(self.edited.items())
 
     def _splice(self, run: Interleaver, number: int, value: Any) -> None:
         """Put this block's rows into the value that the model stands at."""
@@ -163,6 +168,7 @@ class CapturedMediator(Mediator):
             assert self.tree is not None
             value = self.batch.skip(value, run.skipped, self.tree[number].path)
         run.skip(number, value)
+        self.edited[number] = users_line()
 
     def _at_rows(self, number: int, batch: Batch) -> Interleaver:
         """Wait for a location, and find out what its value has to do with the batch."""

@@ -6,6 +6,7 @@ import sys
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from nnsight._frames import hide
 from nnsight.capture.cells import Scope
 from nnsight.capture.compiler import read_block
 from nnsight.capture.leave import Leave, Leaving
@@ -26,9 +27,13 @@ class Capture:
 
     def __enter__(self) -> Any:
         frame = sys._getframe(1)
-        scope = Scope(read_block(frame), frame, self._previous(frame))
-        entered = self._bind(scope.block.target, self._entered())
-        self._block = CapturedBlock(scope, entered, self.what)
+        try:
+            scope = Scope(read_block(frame), frame, self._previous(frame))
+            entered = self._bind(scope.block.target, self._entered())
+            self._block = CapturedBlock(scope, entered, self.what)
+        except BaseException as error:
+            hide(error)
+            raise
         self._leaving = Leaving(frame)
         return self._block.entered
 
@@ -49,6 +54,7 @@ class Capture:
                 self._captured(block)
             except BaseException as raised:
                 _forget(raised, error)
+                hide(raised)
                 raise
             return True
 

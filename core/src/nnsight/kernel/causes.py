@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nnsight.errors import DeadlockError, MissedProviderError, OutOfOrderError
+from nnsight.kernel.blocks import open_blocks
+from nnsight.kernel.controller import make_controller
 
 if TYPE_CHECKING:
+    from types import CodeType
+
     from torch import nn
 
     from nnsight.kernel.interleaver import Interleaver
     from nnsight.kernel.mediator import Mediator
 
+_SHOWN = 3  # changes that a note names
 _FUSED = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
 
 
@@ -55,6 +60,39 @@ def block_is_over(mediator: Mediator) -> MissedProviderError:
         "Execution complete but a value was requested: the block that it belongs to has ended. Values can only be "
         "asked for inside the `with` block; keep what you need in a variable there."
     )
+
+
+def annotate(run: Interleaver, error: BaseException) -> None:
+    """Add a note to what the model raised: where in the model that was, and which changes by blocks came before."""
+    number = _failed_in(run, error)
+    if number is None or run.tree is None:
+        return
+    inline = [block for blocks in list(open_blocks.values()) for block in blocks if getattr(block, "run", None) is run]
+    edits = [edit for block in (*run.mediators, *inline) for edit in block.edits()]
+    after = ", ".join(f"{run.tree.show(edited)} was changed at {where}" for edited, where in edits[-_SHOWN:])
+    earlier = f" (and {len(edits) - _SHOWN} changes before)" if len(edits) > _SHOWN else ""
+    note = f"in {run.tree.show(number, with_port=False)} (occurrence {run.count(number) - 1})"
+    note += f", after {after}{earlier}" if edits else ""
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def _failed_in(run: Interleaver, error: BaseException) -> int | None:
+    """Return the number of the input of the innermost module that an error came through; None for none of this run."""
+    found, traceback = None, error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "controller" and frame.f_globals.get("make_controller") is make_controller:
+            values = frame.f_locals
+            found = values["number"] if values.get("run") is run else found
+        traceback = traceback.tb_next
+    return found
+
+
+def line_at(code: CodeType, at: int) -> str:
+    """Return the file and line of an instruction."""
+    line = next((line for start, end, line in code.co_lines() if start <= at < end), None)
+    return f"{code.co_filename}:{code.co_firstlineno if line is None else line}"
 
 
 def _cause(run: Interleaver, number: int) -> str:

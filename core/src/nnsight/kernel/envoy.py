@@ -66,8 +66,9 @@ class Envoy:
                 return blocks[-1].read(number)
             block, number = self._seat("output")
             return block.read(number + 1)
-        except AttributeError as error:
-            raise self._keep("output", error) from None
+        except BaseException as error:
+            self._failed("output", error)
+            raise
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -81,8 +82,9 @@ class Envoy:
             block, number = self._seat("inputs")
             found: tuple[tuple[Any, ...], dict[str, Any]] = block.read(number)
             return found
-        except AttributeError as error:
-            raise self._keep("inputs", error) from None
+        except BaseException as error:
+            self._failed("inputs", error)
+            raise
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -103,12 +105,11 @@ class Envoy:
         try:
             block, number = self._seat("input")
             args, kwargs = block.read(number)
-        except AttributeError as error:
-            raise self._keep("input", error) from None
-        if args:
-            return args[0]
-        if kwargs:
-            return next(iter(kwargs.values()))
+        except BaseException as error:
+            self._failed("input", error)
+            raise
+        if args or kwargs:
+            return args[0] if args else next(iter(kwargs.values()))
         raise ValueError(f"`{self._path}` was called without arguments, so it has no `.input`.")
 
     @input.setter
@@ -381,10 +382,10 @@ class Envoy:
             raise OrphanError(ORPHAN.format(path=self._path))
         return root
 
-    def _keep(self, name: str, error: AttributeError) -> AttributeError:
-        """Remember an AttributeError raised by a property, so that `__getattr__` raises it instead of its own."""
-        self.__dict__["_kept_error"] = name, error
-        return error
+    def _failed(self, name: str, error: BaseException) -> None:
+        """Take what a property raises; remember an AttributeError, for `__getattr__` to raise instead of its own."""
+        if isinstance(error, AttributeError):
+            self.__dict__["_kept_error"] = name, error
 
 
 Envoy._own = frozenset(name for name in dir(Envoy) if not name.startswith("__"))

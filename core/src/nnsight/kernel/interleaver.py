@@ -14,7 +14,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from nnsight.kernel import ambient
+from nnsight.kernel import ambient, causes
 from nnsight.kernel.blocks import clear_hint
 from nnsight.kernel.controller import Instrumentation, current_run
 from nnsight.kernel.sides import Carrier, ThreadCarrier, Unwind, make_carrier
@@ -127,6 +127,7 @@ class Interleaver:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again where the block asked
             self._error = error
+            causes.annotate(self, error)
         finally:
             self.is_running, self.is_over = False, True
             self.at, self.value = -1, None

@@ -92,9 +92,9 @@ class Tree:
             self.locations += (Location(path, "input"), Location(path, "output"))
         return first
 
-    def show(self, number: int) -> str:
-        """Return a location for a message, also as the user calls it."""
-        location = self.locations[number]
+    def show(self, number: int, with_port: bool = True) -> str:
+        """Return a location for a message, or the module it is at, also as the user calls it."""
+        location = self.locations[number] if with_port else Location(self.locations[number].path, "")
         called = location._replace(path=self._called(location.path, self.aliases))
         return f"`{location}`" if called == location else f"`{location}` (`{called}`)"
 

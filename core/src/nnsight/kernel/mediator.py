@@ -46,6 +46,7 @@ class Mediator:
         number: the location that the block is parked for, at its `occurrence`; -1 for none.
         wanted: location number -> occurrence, where it is parked for any of several.
         served: the number of the location that it was last served with, -1 for none.
+        edited: the locations that the block has assigned, and where in its frame that was, for messages.
         loops: how many loops over steps the block is in.
         first: the first location touched since this was last set to -1.
         is_done: whether a captured block has ended; `error` is what it raised, `is_stopped` whether it stopped the run.
@@ -57,9 +58,9 @@ class Mediator:
 
     # Slots, every one set: a request reads most of them, and a default on the class is slow to find.
     __slots__ = (
-        "__weakref__", "_pending_call", "error", "first", "frame", "has_call", "is_done", "is_stopped", "line", "loops",
-        "number", "occurrence", "order", "outer", "owner", "passed", "run", "served", "step", "thread", "to_block",
-        "to_model", "tree", "wanted",
+        "__weakref__", "_pending_call", "edited", "error", "first", "frame", "has_call", "is_done", "is_stopped",
+        "line", "loops", "number", "occurrence", "order", "outer", "owner", "passed", "run", "served", "step", "thread",
+        "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
@@ -73,6 +74,7 @@ class Mediator:
         self.passed = self.occurrence = self.loops = self.line = 0
         self.number = self.served = self.first = -1
         self.wanted: dict[int, int] | None = None
+        self.edited: dict[int, Any] = {}
         self.is_done = self.is_stopped = self.has_call = False
         self.error: BaseException | None = None
         self.frame: FrameType | None = None
@@ -94,6 +96,11 @@ class Mediator:
         """The user's file and line at which the block was opened."""
         frame = self.frame
         return f"opened at {frame.f_code.co_filename}:{self.line}" if frame is not None else "(closed)"
+
+    def edits(self) -> list[tuple[int, str]]:
+        """Return the numbers of the locations that the block has assigned, and the user's file and line for each."""
+        code = None if self.frame is None else self.frame.f_code
+        return [] if code is None else [(number, causes.line_at(code, at)) for number, at in self.edited.items()]
 
     def read(self, number: int) -> Any:
         """Wait for a location and return its value; at one visit always the same object.
@@ -147,10 +154,14 @@ class Mediator:
     def write(self, number: int, value: Any) -> None:
         """Replace the value of a location, waiting for it unless the model stands there."""
         self.standing_at(number).value = value
+        if self.frame is not None:
+            self.edited[number] = self.frame.f_lasti
 
     def skip(self, number: int, value: Any) -> None:
         """Let the module whose input has `number` return `value` without running."""
         self.standing_at(number).skip(number, value)
+        if self.frame is not None:
+            self.edited[number] = self.frame.f_lasti
 
     def standing_at(self, number: int) -> Interleaver:
         """Wait for a location and return the run, which stands there."""
@@ -204,6 +215,7 @@ class Mediator:
             try:
                 reply.append(function(*args, **kwargs))
             except Exception as error:  # noqa: BLE001 - handed over: it belongs to the block that asked
+                causes.annotate(run, error)
                 failure.append(error)
 
         self._pending_call, self.has_call = work, True

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Self, cast
 import torch
 from torch import nn
 
+from nnsight._frames import hide
 from nnsight.capture.callsite import is_with_item
 from nnsight.errors import BatchError, NoInputError, PluginError, WrapError
 from nnsight.joint.batching import Batch, join_values
@@ -54,9 +55,13 @@ class Envoy(kernel.Envoy):
         Raises:
             InputError: the input cannot be used.
         """
-        if not trace:
+        if trace:
+            return self._open("trace", fn, args, kwargs, remote, backend, batched)
+        try:
             return self._run_plainly("trace", fn, args, kwargs)
-        return self._open("trace", fn, args, kwargs, remote, backend, batched)
+        except BaseException as error:
+            hide(error)
+            raise
 
     def _open(
         self, method: str, function: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -88,6 +93,10 @@ class Envoy(kernel.Envoy):
 
     def _traced_root(self) -> Envoy:
         return cast("Envoy", self._find_root())
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        super()._failed(name, error)
+        hide(error)
 
     def _join(self, inputs: Sequence[Inputs]) -> Inputs:
         """Join what invokes feed this module. A part of a model takes tensors as they are."""
@@ -249,7 +258,11 @@ def traceable(
         function = method.__get__(self, type(self))
         if kwargs.pop("trace", True) and is_with_item(sys._getframe(1)):
             return self._open(name, function, args, kwargs, remote, backend, batched)
-        return self._run_plainly(name, function, args, kwargs)
+        try:
+            return self._run_plainly(name, function, args, kwargs)
+        except BaseException as error:
+            hide(error)
+            raise
 
     return cast("Callable[Concatenate[Any, P], Any]", call)
 

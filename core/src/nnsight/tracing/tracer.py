@@ -15,6 +15,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from nnsight._frames import hide
 from nnsight.errors import InvokeError, NotInTreeError, TracerStateError
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import close_block, find, open_block, require, wrong_thread
@@ -78,34 +79,38 @@ class Tracer:
         self._batched = batched
 
     def __enter__(self) -> Self:
-        envoy = self._envoy
-        if envoy is None or self._run is not None:
-            raise TracerStateError(_REUSED.format(method=self._method))
-        frame = sys._getframe(1)
-        root = envoy._traced_root()
-        inputs = envoy._prepare(root, self._method, self._args, self._kwargs)
-        # Not before: preparing may load the weights, and with them the module.
-        function = envoy._module if self._function is None else self._function
-        if isinstance(function, str):
-            function = getattr(envoy._module, function)
-        if inputs.rows is None:
-            from nnsight.joint.invokes import Invokes  # lazy: a trace with an input needs nothing of it
-
-            self._invokes = Invokes(envoy, self._method, function, self._batched)
-            self._invokes.owner = self
-            function = self._invokes.run
-        run = self._run = self._make_run(root, function)
-        run.args, run.kwargs = inputs.args, inputs.kwargs
-        assert run.carrier is not None
-        mediator = self._mediator = Mediator(run, run.carrier.resume, run.hand_back, order=sys.maxsize)
-        mediator.owner, mediator.frame, mediator.line = self, frame, frame.f_lineno
-        self._frame = frame
+        run: Interleaver | None = None
+        mediator: Mediator | None = None
         try:
+            envoy = self._envoy
+            if envoy is None or self._run is not None:
+                raise TracerStateError(_REUSED.format(method=self._method))
+            frame = sys._getframe(1)
+            root = envoy._traced_root()
+            inputs = envoy._prepare(root, self._method, self._args, self._kwargs)
+            # Not before: preparing may load the weights, and with them the module.
+            function = envoy._module if self._function is None else self._function
+            if isinstance(function, str):
+                function = getattr(envoy._module, function)
+            if inputs.rows is None:
+                from nnsight.joint.invokes import Invokes  # lazy: a trace with an input needs nothing of it
+
+                self._invokes = Invokes(envoy, self._method, function, self._batched)
+                self._invokes.owner = self
+                function = self._invokes.run
+            run = self._run = self._make_run(root, function)
+            run.args, run.kwargs = inputs.args, inputs.kwargs
+            assert run.carrier is not None
+            self._frame = frame
+            mediator = self._mediator = Mediator(run, run.carrier.resume, run.hand_back, order=sys.maxsize)
+            mediator.owner, mediator.frame, mediator.line = self, frame, frame.f_lineno
             open_block(frame, mediator)
             if hooks.trace_opened:
                 hooks.trace_opened(self)
-        except BaseException as error:  # there will be no `__exit__`
-            self._end(run, mediator, error)
+        except BaseException as error:
+            if mediator is not None and run is not None:  # there will be no `__exit__`
+                self._end(run, mediator, error)
+            hide(error)
             raise
         return self
 
@@ -148,6 +153,7 @@ class Tracer:
                 if error is None:
                     self._finish(run)
                     return False
+                hide(error)
                 run.unwind()
                 if self._invokes is not None:
                     self._invokes.write_back()
@@ -157,6 +163,7 @@ class Tracer:
                 return is_stop
             except BaseException as raised:
                 error = raised
+                hide(error)
                 raise
             finally:
                 self._end(run, mediator, error)
