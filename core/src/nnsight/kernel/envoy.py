@@ -266,8 +266,7 @@ class Envoy:
         return True
 
     def __contains__(self, name: object) -> bool:
-        children = growth.children(self)
-        return name in children or name in self._aliases or name in children.values()
+        return name in (children := growth.children(self)) or name in self._aliases or name in children.values()
 
     def __repr__(self) -> str:
         return display.show(self)
