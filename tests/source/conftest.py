@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import sys
@@ -10,6 +11,8 @@ from collections import namedtuple
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+
+from nnsight import NNsight
 
 BASE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -198,3 +201,19 @@ def smollm2_folder():
         return smollm2_path()
     except LoadError as error:
         pytest.skip(str(error))
+
+
+def _looked_into(net, *args, **kwargs):
+    """Run a module with all of its operations passing through visits; return its result and its source."""
+    model = NNsight(net)
+    source = model.source
+    with model.trace(*args, **kwargs) as tracer:
+        with contextlib.suppress(ValueError):  # whether or not it is reached
+            source.returns[0].output
+        result = tracer.result
+    return result, source
+
+
+@pytest.fixture(scope="session")
+def looked_into():
+    return _looked_into

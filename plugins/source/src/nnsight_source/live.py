@@ -31,26 +31,30 @@ class Live:
         run: the run.
         rewritten: the function.
         first: the number of its first location.
-        passes: how often what contains it has been called in this run already, without being looked into.
+        around: the number of the input of what contains it: a module, or an operation.
 
     Attributes:
+        passes: how often what contains it has been called in this run already, without being looked into.
+        is_entered: whether the last of these calls is still going on.
         inner: the functions that are looked into when an operation calls them, by the number of its input.
         known: the function that an operation was last found to call, and what that is bound to.
         called: what the operation calls at whose input the model stands.
     """
 
-    __slots__ = ("_cells", "called", "first", "inner", "known", "passes", "rewritten")
+    __slots__ = ("_cells", "called", "first", "inner", "is_entered", "known", "passes", "rewritten")
 
-    def __init__(self, run: Interleaver, rewritten: Rewritten, first: int, passes: int) -> None:
+    def __init__(self, run: Interleaver, rewritten: Rewritten, first: int, around: int) -> None:
         self.rewritten = rewritten
         self.first = first
-        self.passes = passes
+        self.passes = passes = run.count(around) - (run.at == around)
+        self.is_entered = passes > run.count(around + 1)
         self.inner: dict[int, list[Live]] = {}
         self.known: dict[int, tuple[FunctionType, Any]] = {}
         self.called: dict[int, Any] = {}
         run.count(first + rewritten.size - 1)  # from here on all of them are counted
         if passes:
-            for spot in rewritten.always:
+            # Of one under a branch this is a guess: `Site.enter` refuses what would depend on it.
+            for spot in rewritten.unrepeated:
                 run.counts[first + spot.output] = passes
                 if spot.input >= 0:
                     run.counts[first + spot.input] = passes
@@ -152,8 +156,7 @@ def look_into_module(run: Interleaver, first: int, around: int, module: nn.Modul
         rewritten: its forward.
     """
     table = _table_of(run)
-    passes = run.count(around) - (run.at == around)
-    live = table.lives[first] = Live(run, rewritten, first, passes)
+    live = table.lives[first] = Live(run, rewritten, first, around)
     anchor = Anchor(module)
     inner, rebuild = peel(anchor.value)
     table.forwards[id(module)] = anchor.bind(rebuild(live.around(inner)))
@@ -171,9 +174,7 @@ def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewrit
         index: the number of the operation's input, in that function.
         rewritten: the function that it calls.
     """
-    number = outer.first + index
-    passes = run.count(number) - (run.at == number)
-    live = _table_of(run).lives[first] = Live(run, rewritten, first, passes)
+    live = _table_of(run).lives[first] = Live(run, rewritten, first, outer.first + index)
     outer.inner.setdefault(index, []).append(live)
     return live
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsight import Envoy, Mediator, OutOfOrderError, OutsideTraceError, Places
+from nnsight import Envoy, Mediator, OrphanError, OutOfOrderError, OutsideTraceError, Places, WrongThreadError
 from nnsight_source.errors import SourceError
 from nnsight_source.live import Live, find_live, look_into_call, look_into_module
 from nnsight_source.peel import peel
@@ -19,8 +19,13 @@ from nnsight_source.spots import Rewritten, Spot
 
 _UNCOUNTED = (
     "Value was missed for `{path}`: this run had made {passes} passes over `{name}` before anything in it was asked "
-    "for, and the source does not tell how many of them reached this operation. Ask for an operation of this `.source` "
-    "in the first step too; from then on all are counted."
+    "for, and the source does not tell how many of them reached this operation. Take `{source}` before the first "
+    "(`inside = {source}`, in the block): from then on all are counted."
+)
+_ENTERED = (
+    "Value was missed for `{path}`: the run is inside `{name}` already{where}, and nothing in it was asked for before "
+    "it was called, so this call of it cannot be looked into any more. Take `{source}` before the first request for "
+    "something that runs inside (`inside = {source}`, in the block), then ask `inside` for it."
 )
 _UNRESOLVED = (
     "What `{path}` calls (`{callee}`) is known only at the moment of the call: use its `.source` inside a trace, "
@@ -78,10 +83,39 @@ class Site:
         run = mediator.run
         if run is not None and not run.is_over:
             live = find_live(run, first) or self._look_into(mediator, first, around)
-            if live.passes and not spot.is_always_reached:
-                path = f"{self.path}.{spot.label}"
-                raise OutOfOrderError(_UNCOUNTED.format(path=path, passes=live.passes, name=self.rewritten.name))
+            if live.passes:
+                self._check_counted(mediator, live, spot)
         return mediator, first
+
+    def look_into(self) -> None:
+        """Let the run of the block that the calling code is in look into the function from now on; if there is one."""
+        try:
+            mediator, first, around = self.places.seat("source")
+        except (OrphanError, OutsideTraceError, WrongThreadError):
+            return
+        run = mediator.run
+        if run is not None and not run.is_over and find_live(run, first) is None:
+            self._look_into(mediator, first, around)
+
+    def _check_counted(self, mediator: Mediator, live: Live, spot: Spot) -> None:
+        """Refuse an occurrence that lies in a pass before the run looked in, or depends on what such passes reached.
+
+        Step n of a loop over steps is the n-th pass from then on, too: earlier passes count as one each.
+        """
+        run, step, passes = mediator.run, mediator.step, live.passes
+        assert run is not None and run.tree is not None
+        if live.is_entered and step == passes - 1 and run.count(live.first + spot.output) <= passes:
+            message = _ENTERED
+        elif step is None or spot.is_always_reached or (step >= passes and not spot.is_repeated):
+            return
+        else:
+            message = _UNCOUNTED
+        where = f" (it stands at `{run.tree[run.at]}`)" if run.at >= 0 else ""
+        raise OutOfOrderError(
+            message.format(
+                path=f"{self.path}.{spot.label}", source=self.path, name=self.rewritten.name, passes=passes, where=where
+            )
+        )
 
     def _look_into(self, mediator: Mediator, first: int, around: int) -> Live:
         run = mediator.run
@@ -131,14 +165,8 @@ class Site:
         site = self._site_of(live.called[spot.input], spot, path)
         if site.outer is not None:
             live.known[spot.input] = site.function, site.owner
-            site.enter_run(mediator)
+            site.look_into()
         return site
-
-    def enter_run(self, mediator: Mediator) -> None:
-        """Let a run look into the function from now on."""
-        _, first, around = self.places.seat("source")
-        if mediator.run is not None and find_live(mediator.run, first) is None:
-            self._look_into(mediator, first, around)
 
     def _known(self, live: Live, spot: Spot, path: str) -> Site:
         function, owner = live.known[spot.input]

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def source_of(envoy: Envoy) -> Source:
-    """Return the operations inside a module's forward."""
-    return Source(Site.of_module(envoy))
+    """Return the operations inside a module's forward. In a block, its run looks into the forward from now on."""
+    site = Site.of_module(envoy)
+    site.look_into()
+    return Source(site)
 
 
 class Group:

@@ -52,6 +52,11 @@ class Spot:
         """Whether one call of the function reaches it exactly once."""
         return not self.under and not self.after
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether one call of the function may reach it more than once."""
+        return any(what in ("loop", "function") for _, what in self.under)
+
 
 class Rewritten:
     """A function compiled once more so that it passes each of its operations through a visit.
@@ -85,7 +90,7 @@ class Rewritten:
         self.name = code.co_qualname
         self.arguments = arguments
         self.variables = frozenset((*code.co_varnames, *code.co_cellvars))
-        self.always = [spot for spot in spots if spot.is_always_reached]
+        self.unrepeated = [spot for spot in spots if not spot.is_repeated]
         self._labels = {spot.label: spot for spot in spots}
         self._below: dict[str, list[tuple[str, str]]] = {}
 

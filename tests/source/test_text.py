@@ -1,0 +1,108 @@
+"""The source that is read is what is running; where there is none, or another, an error says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+import sys
+import traceback
+
+import pytest
+import torch
+from torch import nn
+
+from nnsight import NNsight
+from nnsight_source import SourceError
+
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Base(nn.Module):
+    def forward(self, x):
+        return torch.relu(x) + 1
+
+
+def test_traceback_shows_the_users_line():
+    class Fails(nn.Module):
+        def forward(self, x):
+            x = torch.relu(x)
+            return torch.matmul(x, x)  # this line
+
+    model = NNsight(Fails())
+    with pytest.raises(RuntimeError) as raised:
+        with model.trace(X):
+            model.source.torch_relu_0.output
+    frames = traceback.extract_tb(raised.value.__traceback__)
+    (frame,) = [frame for frame in frames if frame.name == "forward" and frame.filename == __file__]
+    assert frame.line.endswith("# this line")
+
+
+def test_code_without_source_says_so():
+    scope = {"nn": nn, "torch": torch}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return torch.relu(x)", scope)
+    model = NNsight(scope["Made"]())
+    with pytest.raises(SourceError, match=r"source of `Made.forward` is unavailable: no source is kept for <string>"):
+        model.source
+    model = NNsight(Base())
+    with model.trace(X):
+        with pytest.raises(SourceError, match="source of .*relu.* is unavailable: it is not written in Python"):
+            model.source.torch_relu_0.source
+    lone = Base()
+    lone.forward = lambda x: x
+    with pytest.raises(SourceError, match="it is a lambda"):
+        NNsight(lone).source
+
+
+def module_from(path, source):
+    path.write_text(source)
+    linecache.checkcache(str(path))
+    spec = importlib.util.spec_from_file_location("reloaded_forward", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HEAD = "import torch\nfrom torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n"
+
+
+def test_reload_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "reloaded_forward.py"
+    old = module_from(path, HEAD + "        return torch.relu(x)\n")
+    assert NNsight(old.Net()).source.names == ["torch_relu_0"]
+    new = module_from(path, HEAD + "        x = torch.sigmoid(x)\n        return torch.tanh(x)\n")
+    assert NNsight(new.Net()).source.names == ["torch_sigmoid_0", "torch_tanh_0"]
+    assert NNsight(old.Net()).source.names == ["torch_relu_0"]
+    model = NNsight(new.Net())
+    with model.trace(X):
+        got = model.source.torch_tanh_0.output
+    assert torch.equal(got, torch.tanh(torch.sigmoid(X)))
+
+
+def test_file_edited_since_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "reloaded_forward.py"
+    old = module_from(path, HEAD + "        return torch.relu(x)\n")
+    path.write_text(HEAD + "        return torch.sigmoid(x)  # longer than it was\n")
+    with pytest.raises(SourceError, match=r"`Net.forward` .* is not what is running"):
+        NNsight(old.Net()).source
+
+
+def test_fast_path_of_multihead_attention_says_how_to_reach_it():
+    net = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    model = NNsight(net)
+    with torch.no_grad(), model.trace(x, x, x):
+        with pytest.raises(ValueError, match=r"torch.backends.mha.set_fastpath_enabled\(False\)"):
+            model.source.F_multi_head_attention_forward_0.output
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), model.trace(x, x, x):
+            inner = model.source.F_multi_head_attention_forward_1.source
+            pattern = inner.softmax_0.output
+            got = model.source.F_multi_head_attention_forward_1.output
+        expected, weights = net(x, x, x, average_attn_weights=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.allclose(got[0].transpose(0, 1), expected.detach(), atol=1e-6)
+    assert torch.allclose(pattern.view(1, 2, 3, 3), weights.detach(), atol=1e-6)
