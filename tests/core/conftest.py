@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pluggy
 import pytest
+import torch
+from modules import Net, seeded
 
 import nnsight
+from nnsight.builtin._gradients import thread
 
 CORE_SOURCE = Path(nnsight.__file__).parents[1]
 
@@ -98,3 +102,22 @@ def site(tmp_path, libraries):
 @pytest.fixture
 def core_version():
     return importlib.metadata.version("nnsight-core")
+
+
+@pytest.fixture
+def net():
+    return seeded(Net)
+
+
+@pytest.fixture
+def model(net):
+    return nnsight.NNsight(net)
+
+
+@pytest.fixture
+def nothing_remains_of_gradients():
+    """Assert after a test that no traced backward has left anything in torch, and few threads."""
+    yield
+    assert "grad" not in torch.Tensor.__dict__
+    assert torch.Tensor.grad is torch._C.TensorBase.grad
+    assert sum(one.name == "nnsight-backward" for one in threading.enumerate()) <= 2 * thread._KEPT

@@ -36,8 +36,9 @@ def no_graph(loss: torch.Tensor) -> NoGraphError:
         )
     else:
         why = (
-            "the model ran without gradients (under `torch.no_grad()`, as `generate` does), or it was detached. "
-            "Use `trace`, without `no_grad`, and keep the graph: neither `.detach()` nor `.item()` or `.data`."
+            "the model ran without gradients (under `torch.no_grad()`, as `generate` does), none of its parameters "
+            "requires grad, or it was detached. Use `trace`, without `no_grad`, and keep the graph: neither "
+            "`.detach()` nor `.item()` or `.data`."
         )
     return NoGraphError(_NO_GRAPH.format(why=why))
 
