@@ -10,11 +10,13 @@ from types import CellType, FrameType, FunctionType
 from typing import Any
 
 from nnsight.capture.compiler import ENTERED, Block
+from nnsight.capture.plan import plan_of
 from nnsight.capture.rewrite import LOAD
 from nnsight.capture.verify import variables
 from nnsight.errors import CaptureError
 
 _MISSING = object()
+_NOTHING: frozenset[str] = frozenset()
 _IS_OPTIMIZED = 0x1  # CO_OPTIMIZED: locals are slots, so it is a function's frame
 
 
@@ -40,33 +42,38 @@ class Scope:
         self.frame: FrameType | None = frame
         self.is_over = False
         self.previous = previous
-        bound, live, names = block.bound, block.live, block.names
-        shared = previous.reach if previous is not None else frozenset()
-        self.reach: frozenset[str] = shared if bound <= shared else shared | bound
         self._globals = frame.f_globals
-        self._values = _values(frame, names)
+        self._values = _values(frame, block.variables if block.is_function else block.names)
         if block.deleted:
             _check_deletions(block, self._values)
-        self._live = {name: _frame_cell(frame, name) for name in live}
+        #: The cells of the frame that are known so far: blocks of one frame share them.
+        self._frame_cells: dict[str, CellType] = {} if previous is None else previous._frame_cells
+        self._live = {name: self._frame_cell(name) for name in block.live} if block.live else {}
         self._outer_load = _outer_load(frame) if block.is_nested else None
-        others = ((shared & names) | (bound & self._values.keys())) - live
-        marked = block.exposed & others if others else frozenset()
+        unbound: frozenset[str] = frozenset()
         if self._outer_load is not None:
-            unbound = {name for name in self._outer_load.names if _content(self._live.get(name)) is _MISSING}
-            marked |= block.exposed & unbound
-        self._marked = frozenset(marked - block.deleted)
+            unbound = frozenset(n for n in self._outer_load.names if _content(self._live.get(n)) is _MISSING)
+        self._plan = plan_of(block, previous.reach if previous is not None else _NOTHING, self._values, unbound)
+        self.reach: frozenset[str] = self._plan.reach
         self._cells = self._fresh_cells()
 
     def _fresh_cells(self) -> dict[str, CellType]:
         """Return the cells at the start: empty for what the block binds, so that it shows when it has."""
-        block, values, marked = self.block, self._values, self._marked
+        values, plan = self._values, self._plan
         cells = dict(self._live)
-        for name in block.names - block.live:
-            if name in values and (name not in block.bound or name in block.deleted) and name not in marked:
-                cells[name] = CellType(values[name])
-            elif name in values or name in marked or name in block.bound or name in block.local:
-                cells[name] = CellType()
+        for name in plan.given:
+            cells[name] = CellType(values[name])
+        for name in plan.empty:
+            cells[name] = CellType()
         return cells
+
+    def _frame_cell(self, name: str) -> CellType:
+        """Return the cell in which the running function keeps a variable that it shares with its inner functions."""
+        found = self._frame_cells.get(name)
+        if found is None:
+            assert self.frame is not None
+            found = self._frame_cells[name] = _frame_cell(self.frame, name)
+        return found
 
     def function(self, entered: object, wait: Callable[[Scope, str], None]) -> Callable[[], None]:
         """Return the body as a function of no arguments.
@@ -76,11 +83,11 @@ class Scope:
             wait: called with a sibling and a name that this block reads and the sibling may bind; returns when the
                 sibling has bound it or is over.
         """
-        cells, block = self._cells, self.block
-        code = block.compile(block.variables if block.is_function else frozenset(cells), self._marked)
-        load = self._outer_load or Loader(self, self._marked, wait)
-        own = {ENTERED: entered, LOAD: load}
-        closure = tuple(CellType(own[name]) if name in own else cells[name] for name in code.co_freevars)
+        plan, code = self._plan, self._plan.compile(self.block)
+        cells = {**self._cells, ENTERED: CellType(entered)}
+        if plan.loads:
+            cells[LOAD] = CellType(self._outer_load or Loader(self, plan.marked, wait))
+        closure = tuple([cells[name] for name in code.co_freevars])
         return FunctionType(code, self._globals, code.co_name, None, closure)
 
     def again(self) -> Scope:
@@ -116,7 +123,7 @@ class Scope:
         self._owned = {name for name, value in self._values.items() if value is owner}
         self._owner = weakref.ref(owner)
         self._values = {name: value for name, value in self._values.items() if name not in self._owned}
-        self._cells = {}
+        self._cells, self._frame_cells = {}, {}
 
     def has(self, name: str) -> bool:
         """Return whether the block has bound a name."""
@@ -155,7 +162,7 @@ class Scope:
         self.frame = None
         self.previous = None
         self._outer_load = None
-        self._cells, self._values, self._live = {}, {}, {}
+        self._cells, self._values, self._live, self._frame_cells = {}, {}, {}, {}
 
 
 class Loader:

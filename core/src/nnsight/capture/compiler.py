@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnsight.capture.locate import CHANGED, find_in, find_with
 from nnsight.capture.names import Names, mangle
@@ -19,6 +19,9 @@ from nnsight.capture.percode import PerCode
 from nnsight.capture.rewrite import LOAD, Prepare, exposed
 from nnsight.capture.verify import differs, operations, variables
 from nnsight.errors import CaptureError
+
+if TYPE_CHECKING:
+    from nnsight.capture.plan import Plan
 
 #: What was entered; no program can use its name.
 ENTERED = "@entered"
@@ -56,6 +59,7 @@ class Block:
         local: names that are variables of the function around the block.
         is_function: whether a function is around it, not a module or a class body.
         variables: the names that are cells of the compiled body where it is.
+        plans: how its variables start, by what that depends on.
         first: the first argument of that function, for `super()`.
         is_nested: whether the block stands in another one, which was compiled here.
     """
@@ -86,6 +90,7 @@ class Block:
         self._plain = {mangle(name, self.owner): name for name in names.bound | names.loaded}
         #: Whether the body cannot be compiled just as it is written.
         self._is_rewritten = names.uses_super or names.has_annotations or item < len(node.items) - 1
+        self.plans: dict[Any, Plan] = {}
         self._variants: dict[tuple[frozenset[str], frozenset[str]], CodeType] = {}
 
     @functools.cached_property

@@ -15,6 +15,7 @@ import torch
 
 from nnsight.errors import BatchError
 from nnsight.joint.containers import fields_of, rebuild_sequence, transform, with_fields, with_items
+from nnsight.joint.tables import storage_of
 from nnsight.kernel.interleaver import Deferred, Interleaver
 from nnsight.kernel.mediator import Mediator
 
@@ -51,8 +52,9 @@ class Joint:
         self._kept: list[torch.Tensor] = []
 
     def is_table(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor is (a view of) a parameter or buffer: then it has no rows of a batch."""
-        return tensor.untyped_storage()._cdata in self._tables
+        """Return whether a tensor is (a view of) a parameter or buffer, or sparse: then it has no rows of a batch."""
+        storage = storage_of(tensor)
+        return tensor.layout is not torch.strided if storage is None else storage in self._tables
 
     def watch(self, run: Interleaver, number: int, occurrence: int) -> None:
         """Find out whether a module whose output a block is about to ask for is given anything of the batch.
@@ -82,8 +84,10 @@ class Joint:
 
     def _keep(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            self._kept.append(leaf)  # for as long as its address is known as a table's
-            self._tables.add(leaf.untyped_storage()._cdata)
+            storage = storage_of(leaf)
+            if storage is not None:
+                self._kept.append(leaf)  # for as long as its address is known as a table's
+                self._tables.add(storage)
         return leaf
 
     def copy(self, tensor: torch.Tensor, visit: tuple[int, int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from nnsight._frames import hide
 from nnsight.capture.callsite import is_with_item
 from nnsight.errors import BatchError, NoInputError, PluginError, WrapError
 from nnsight.joint.batching import Batch, join_values
+from nnsight.joint.tables import tables_of
 from nnsight.kernel import envoy as kernel
 from nnsight.plugins import hooks
 from nnsight.protocols import Inputs
@@ -111,8 +112,7 @@ class Envoy(kernel.Envoy):
 
     def _tables(self) -> set[int]:
         """Return the storages of the model's parameters and buffers: they hold no rows of a batch."""
-        module = self.root._module
-        return {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+        return tables_of(self.root._module)
 
     def _without_input(
         self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
