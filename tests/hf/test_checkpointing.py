@@ -37,6 +37,19 @@ def in_attention(layers, make):
     attention.output = (attention.output[0] * 2, *attention.output[1:])
 
 
+def in_source(layers, make):
+    call = part(layers[1], make, 2).source.attention_interface_0
+    mixed, weights = call.output
+    call.output = (mixed * 2, weights)
+
+
+def below_source(layers, make):
+    call = part(layers[1], make, 2).source.attention_interface_0
+    inside = call.source.torch_nn_functional_scaled_dot_product_attention_0
+    inside.output = inside.output * 2
+    layers[1].mlp.output *= 2
+
+
 EDITS = {
     "none": lambda layers, make: None,
     "output in place": lambda layers, make: layers[1].output[:, 0].zero_(),
@@ -45,6 +58,8 @@ EDITS = {
     "input in place": lambda layers, make: layers[1].input[:, 0].fill_(2),
     "norm input in place": lambda layers, make: part(layers[1], make, 1).input.mul_(2),
     "attention replaced": in_attention,
+    "operation replaced": in_source,
+    "operation of an operation replaced": below_source,
     "mlp skipped": lambda layers, make: layers[1].mlp.skip(torch.ones(2, 5, 16)),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
@@ -33,6 +33,20 @@ class Naming(Protocol):
 
     def apply(self, root: Any) -> None:
         """Give every envoy below a root its other names; called when the tree was built and when it has changed."""
+
+
+@runtime_checkable
+class Standing(Protocol):
+    """What a plugin has put in place for a run, in `Interleaver.closing`, and can put in place again.
+
+    A part of a run is computed again during backward where it lies in a checkpointed region.
+    """
+
+    def __call__(self) -> None:
+        """Take it away; called when the run is closed."""
+
+    def again(self, run: Any) -> None:
+        """Put it in place for what stands in for the run, and add what takes it away to its `closing`."""
 
 
 class PerCode(Generic[T]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from types import CellType, FunctionType
 from typing import Any
 
@@ -31,11 +30,10 @@ class Live:
         run: the run.
         rewritten: the function.
         first: the number of its first location.
-        around: the number of the input of what contains it: a module, or an operation.
-
-    Attributes:
         passes: how often what contains it has been called in this run already, without being looked into.
         is_entered: whether the last of these calls is still going on.
+
+    Attributes:
         inner: the functions that are looked into when an operation calls them, by the number of its input.
         known: the function that an operation was last found to call, and what that is bound to.
         called: what the operation calls at whose input the model stands.
@@ -43,11 +41,13 @@ class Live:
 
     __slots__ = ("_cells", "called", "first", "inner", "is_entered", "known", "passes", "rewritten")
 
-    def __init__(self, run: Interleaver, rewritten: Rewritten, first: int, around: int) -> None:
+    def __init__(
+        self, run: Interleaver, rewritten: Rewritten, first: int, passes: int = 0, is_entered: bool = False
+    ) -> None:
         self.rewritten = rewritten
         self.first = first
-        self.passes = passes = run.count(around) - (run.at == around)
-        self.is_entered = passes > run.count(around + 1)
+        self.passes = passes
+        self.is_entered = is_entered
         self.inner: dict[int, list[Live]] = {}
         self.known: dict[int, tuple[FunctionType, Any]] = {}
         self.called: dict[int, Any] = {}
@@ -126,17 +126,59 @@ def _look_into(lives: list[Live], function: Any) -> Any:
 
 
 class _Table:
-    """What one run looks into."""
+    """What one run looks into. It takes everything away when it is called, and can put it in place again."""
 
-    __slots__ = ("forwards", "leaving", "lives")
+    __slots__ = ("_calls", "_leaving", "_modules", "forwards", "lives", "run")
 
-    def __init__(self) -> None:
+    def __init__(self, run: Interleaver) -> None:
+        self.run = run
         self.lives: dict[int, Live] = {}
         self.forwards: dict[int, Callable[..., Any]] = {}
-        self.leaving: list[Callable[[], None]] = []
+        self._modules: list[tuple[nn.Module, int, int]] = []
+        self._calls: list[tuple[int, int, int]] = []
+        self._leaving: list[Callable[[], None]] = []
+        _tables[run] = self
+        run.closing = [*run.closing, self]
+
+    def add_module(self, module: nn.Module, around: int, live: Live) -> Live:
+        """Put the rewritten forward of a module in place."""
+        self.lives[live.first] = live
+        self._modules.append((module, around, live.first))
+        anchor = Anchor(module)
+        inner, rebuild = peel(anchor.value)
+        self.forwards[id(module)] = anchor.bind(rebuild(live.around(inner)))
+        self._leaving.append(stand_in(anchor, _forward_in_run))
+        return live
+
+    def add_call(self, outer: Live, index: int, live: Live) -> Live:
+        """Put a rewritten function in place, wherever one operation calls the function."""
+        self.lives[live.first] = live
+        self._calls.append((outer.first, index, live.first))
+        outer.inner.setdefault(index, []).append(live)
+        return live
+
+    def __call__(self) -> None:
+        del _tables[self.run]
+        for leave in self._leaving:
+            leave()
+
+    def again(self, run: Any) -> None:
+        """Put the same in place for what stands in for the run."""
+        table = _Table(run)
+        for module, around, first in self._modules:
+            table.add_module(module, around, table.copy(self.lives[first], around))
+        for outer, index, first in self._calls:
+            table.add_call(table.lives[outer], index, table.copy(self.lives[first], outer + index))
+
+    def copy(self, live: Live, around: int) -> Live:
+        """Return a function of another table for this one's run, counted as it was then."""
+        run, rewritten, first = self.run, live.rewritten, live.first
+        run.count(first + rewritten.size - 1)
+        is_counted = any(run.counts[first : first + rewritten.size])
+        return Live(run, rewritten, first, 0 if is_counted else run.count(around))
 
 
-_tables: dict[Interleaver, _Table] = {}
+_tables: dict[Any, _Table] = {}
 
 
 def find_live(run: Interleaver, first: int) -> Live | None:
@@ -155,13 +197,8 @@ def look_into_module(run: Interleaver, first: int, around: int, module: nn.Modul
         module: the module.
         rewritten: its forward.
     """
-    table = _table_of(run)
-    live = table.lives[first] = Live(run, rewritten, first, around)
-    anchor = Anchor(module)
-    inner, rebuild = peel(anchor.value)
-    table.forwards[id(module)] = anchor.bind(rebuild(live.around(inner)))
-    table.leaving.append(stand_in(anchor, _forward_in_run))
-    return live
+    live = _begin(run, rewritten, first, around)
+    return (_tables.get(run) or _Table(run)).add_module(module, around, live)
 
 
 def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewritten: Rewritten) -> Live:
@@ -174,22 +211,13 @@ def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewrit
         index: the number of the operation's input, in that function.
         rewritten: the function that it calls.
     """
-    live = _table_of(run).lives[first] = Live(run, rewritten, first, outer.first + index)
-    outer.inner.setdefault(index, []).append(live)
-    return live
+    live = _begin(run, rewritten, first, outer.first + index)
+    return _tables[run].add_call(outer, index, live)
 
 
-def _table_of(run: Interleaver) -> _Table:
-    table = _tables.get(run)
-    if table is None:
-        table = _tables[run] = _Table()
-        run.closing = [*run.closing, partial(_leave, run)]
-    return table
-
-
-def _leave(run: Interleaver) -> None:
-    for leave in _tables.pop(run).leaving:
-        leave()
+def _begin(run: Interleaver, rewritten: Rewritten, first: int, around: int) -> Live:
+    passes = run.count(around) - (run.at == around)
+    return Live(run, rewritten, first, passes, passes > run.count(around + 1))
 
 
 def _forward_in_run(module: nn.Module) -> Callable[..., Any] | None:

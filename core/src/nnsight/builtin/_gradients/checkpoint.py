@@ -95,11 +95,14 @@ class Region:
         self._instrumentation.acquire(replay)
         current_run.set(cast("Any", replay))
         try:
+            for standing in log.standing:
+                standing.again(replay)
             self._plain(*replay.inputs(args))
         finally:
             current_run.set(before)
             self._instrumentation.release(replay)
-            for leave in replay.closing:
+            closing, replay.closing = replay.closing, ()
+            for leave in closing:
                 leave()
         lost = replay.lost()
         if lost is not None:

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nnsight.errors import RecomputeError
 from nnsight.joint.containers import transform
+from nnsight.protocols import Standing
 
 Visit = tuple[int, int]  # the number of a location, its occurrence
 _INPUTS: Visit = (-1, 0)  # stands for the arguments that the region was called with
@@ -83,12 +84,14 @@ class Log(NamedTuple):
         counts: the visit counts that the region began with.
         arguments: what the region's arguments were before; None for those that no block has edited in place.
         storages: the memory that blocks have edited.
+        standing: what plugins have put in place for the run.
     """
 
     changes: dict[Visit, Change]
     counts: list[int]
     arguments: list[Snapshot | None]
     storages: list[StorageWeakRef]
+    standing: list[Standing]
 
 
 _innermost: dict[Any, Recorder] = {}  # run -> what notes for the region that it passes through
@@ -121,7 +124,7 @@ class Recorder:
         self._frame = weakref.ref(frame)
         self._captured = {_memory_of(tensor) for tensor in captured}
         self.is_lost = False
-        self._log = Log({}, list(run.counts), [], [])
+        self._log = Log({}, list(run.counts), [], [], [])
         self._arguments = arguments
         self._before: list[Snapshot | None] = []
         self._edited: dict[int, StorageWeakRef] = {}
@@ -181,6 +184,7 @@ class Recorder:
         if log.changes:
             log.storages.extend(self._edited.values())
             log.arguments.extend(self._take_over())
+            log.standing.extend(entry for entry in self._run.closing if isinstance(entry, Standing))
         self._arguments, self._before = [], []
         self._run = self._outer = self._serve = self._take_skipped = None
         return log if log.changes else None
