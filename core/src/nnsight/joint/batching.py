@@ -7,6 +7,7 @@ write. Which rows of a tensor are a block's is said by the model class (`rows`);
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,13 +69,14 @@ class Joint:
         if key in self._watched or run.tree is None:
             return
         self._watched.add(key)
-        if run.tree[number].port == "output":
-            Watch(run, number - 1, occurrence, self._note)
+        given = run.tree.given(number) if run.tree[number].port == "output" else None
+        if given is not None:
+            Watch(run, given, occurrence, functools.partial(self._note, number))
 
     def _note(self, number: int, occurrence: int, given: Any) -> None:
-        """Note what a module was given: without rows of the batch in it, there are none in what the module returns."""
+        """Note what an output is made of: without rows of the batch in that, there are none in the output."""
         if not _may_hold_rows(given, self):
-            self._without_rows.add((number + 1, occurrence))
+            self._without_rows.add((number, occurrence))
 
     def meet(self, number: int, occurrence: int, value: Any) -> None:
         """Take the tensors of a value for tables, if it is known that they have no rows of the batch."""
@@ -212,13 +214,12 @@ class Watch(Mediator):
         run: the run.
         number: the module's input.
         occurrence: which call of it.
-        note: called with the number, the occurrence and `(args, kwargs)`.
+        note: called with the occurrence and `(args, kwargs)`.
     """
 
-    def __init__(self, run: Interleaver, number: int, occurrence: int, note: Callable[[int, int, Any], None]) -> None:
+    def __init__(self, run: Interleaver, number: int, occurrence: int, note: Callable[[int, Any], None]) -> None:
         super().__init__(run, self._look, self._look, order=sys.maxsize)
         self._note = note
-        self._input = number
         if run.count(number) <= occurrence:
             self.number, self.occurrence = number, occurrence
             run.enqueue(self, number)
@@ -228,7 +229,7 @@ class Watch(Mediator):
 
     def _look(self) -> None:
         assert self.run is not None
-        self._note(self._input, self.occurrence, self.run.value)
+        self._note(self.occurrence, self.run.value)
         self.close()
 
 

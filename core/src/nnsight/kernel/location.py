@@ -7,7 +7,7 @@ integer addition.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -41,12 +41,13 @@ class Tree:
         aliases: path -> another name that the user gave: where it is reached from, and the name.
     """
 
-    __slots__ = ("__weakref__", "_numbers", "_reserved", "aliases", "ends", "locations", "result")
+    __slots__ = ("__weakref__", "_given", "_numbers", "_reserved", "aliases", "ends", "locations", "result")
 
     def __init__(self) -> None:
         self.locations: list[Location] = []
         self._numbers: dict[Location, int] = {}
         self._reserved: dict[Hashable, tuple[range, int, Explain]] = {}
+        self._given: dict[int, int] = {}
         self.result = self.number(ROOT, "result")
         self.ends = [self.result]
         self.aliases: dict[str, tuple[str, str]] = {}
@@ -62,7 +63,14 @@ class Tree:
                     self.locations.append(location)
         return number
 
-    def reserve(self, key: Hashable, locations: Callable[[], list[Location]], around: int, explain: Explain) -> int:
+    def reserve(
+        self,
+        key: Hashable,
+        locations: Callable[[], list[Location]],
+        around: int,
+        explain: Explain,
+        given: Mapping[int, int],
+    ) -> int:
         """Number several locations in a row, when `key` is new; return the number of the first.
 
         Args:
@@ -70,6 +78,7 @@ class Tree:
             locations: makes them.
             around: the number of the input of the module they lie in.
             explain: asked when one of them was not reached although that module was called.
+            given: which of them passes what an output is made of, where that is not the input before it.
         """
         known = self._reserved.get(key)
         if known is None:
@@ -79,7 +88,15 @@ class Tree:
                 known = self._reserved.setdefault(key, (range(first, first + len(made)), around, explain))
                 if known[0].start == first:
                     self.locations += made
+                    self._given.update({first + output: first + number for output, number in given.items()})
         return known[0].start
+
+    def given(self, number: int) -> int | None:
+        """Return the location at which what an output is made of passes; None where that is not known."""
+        before = self.locations[number - 1]
+        if before.port == "input" and before.path == self.locations[number].path:
+            return number - 1
+        return self._given.get(number)
 
     def reservation(self, number: int) -> tuple[int, Explain] | None:
         """Return what `reserve` was told of a location: the module around it, and what explains why it was missed."""

@@ -6,7 +6,8 @@ A plugin numbers them here, visits them as `make_controller` does or with `Inter
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from nnsight.kernel.location import Explain, Location
@@ -25,15 +26,25 @@ class Places:
         below: for each location its path below the module's, with the dot before it, and its port.
         explain: called with a run and a number when that location was not reached although the module was called;
             returns a sentence that says why, or "".
+        given: which of them (counted from 0) passes what an output is made of, where that is not the input before it:
+            how the rows of a batch are told from a value that happens to be as long.
     """
 
-    __slots__ = ("_below", "_envoy", "_explain", "_first", "_key")
+    __slots__ = ("_below", "_envoy", "_explain", "_first", "_given", "_key")
 
-    def __init__(self, envoy: Envoy, key: Hashable, below: Sequence[tuple[str, str]], explain: Explain) -> None:
+    def __init__(
+        self,
+        envoy: Envoy,
+        key: Hashable,
+        below: Sequence[tuple[str, str]],
+        explain: Explain,
+        given: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         self._envoy = envoy
         self._key = key
         self._below = below
         self._explain = explain
+        self._given = given
         self._first = -1
 
     def seat(self, port: str) -> tuple[Mediator, int, int]:
@@ -65,4 +76,4 @@ class Places:
             new = tuple.__new__  # a third of what the constructor of a named tuple takes, and there may be hundreds
             return [new(Location, (path + name, port)) for name, port in self._below]
 
-        return tree.reserve((path, self._key), locations, around, self._explain)
+        return tree.reserve((path, self._key), locations, around, self._explain, self._given)

@@ -93,7 +93,9 @@ class _Rewriter(ast.NodeTransformer):
 
     # -- what is noted -----------------------------------------------------------------------------------------------
 
-    def _note(self, kind: str, base: str, node: ast.AST, callee: str = "", has_input: bool = False) -> Spot:
+    def _note(
+        self, kind: str, base: str, node: ast.AST, callee: str = "", has_input: bool = False, given: int = -1
+    ) -> Spot:
         counters = self._counters[kind]
         count = counters[base]
         counters[base] = count + 1
@@ -102,14 +104,17 @@ class _Rewriter(ast.NodeTransformer):
         name = f"returns[{count}]" if kind == "return" else f"{base}_{count}"
         span = node.lineno, node.col_offset, node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
         spot = Spot(
-            kind, name, first if has_input else -1, self.size - 1, callee, span, self._under, self._after
+            kind, name, first if has_input else -1, self.size - 1, first if has_input else given, callee, span,
+            self._under, self._after,
         )  # fmt: skip
         self.spots.append(spot)
         return spot
 
     def _value(self, kind: str, base: str, value: ast.expr, place: ast.AST) -> ast.expr:
         """Pass a value through a visit."""
-        spot = self._note(kind, base, place)
+        # The value of an operation is that of what was noted last: operations are noted after what is inside them.
+        is_made = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == CALL
+        spot = self._note(kind, base, place, given=self.spots[-1].input if is_made else -1)
         return _call(value, VALUE, spot.output, [value])
 
     # -- expressions -------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Site:
         prefix = "" if outer is None else f"{outer[0].path.removeprefix(envoy.path)}.{outer[1].label}"
         self.path = f"{envoy.path}{prefix}.source"
         below = self.rewritten.below(prefix)
-        self.places = Places(envoy, (prefix, self.rewritten), below, self.rewritten.explain)
+        self.places = Places(envoy, (prefix, self.rewritten), below, self.rewritten.explain, self.rewritten.given)
 
     @classmethod
     def of_module(cls, envoy: Envoy) -> Site:

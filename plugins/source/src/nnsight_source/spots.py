@@ -22,7 +22,8 @@ class Spot:
     Attributes:
         kind: "call", "variable", "operator" or "return".
         name: its name among its kind: `self_c_proj_0`.
-        output: the number of its output, counted from the function's first; `input` that of its input, -1 for none.
+        output: the number of its output, counted from the function's first; `input` that of its input, -1 for none;
+            `given` that of the input of what computes it: its own, or that of the call whose result it is.
         callee: the called thing as a dotted path, "" where it is none.
         span: first line, first column, last line, last column, as a syntax tree counts them.
         under: the statements whose course decides whether it is reached and how often, innermost last: line and what
@@ -34,6 +35,7 @@ class Spot:
     name: str
     input: int
     output: int
+    given: int
     callee: str
     span: tuple[int, int, int, int]
     under: tuple[tuple[int, str], ...]
@@ -90,6 +92,7 @@ class Rewritten:
         self.name = code.co_qualname
         self.arguments = arguments
         self.variables = frozenset((*code.co_varnames, *code.co_cellvars))
+        self.given = {spot.output: spot.given for spot in spots if spot.given >= 0 > spot.input}
         self.unrepeated = [spot for spot in spots if not spot.is_repeated]
         self._labels = {spot.label: spot for spot in spots}
         self._below: dict[str, list[tuple[str, str]]] = {}
