@@ -14,7 +14,16 @@ from modules import WIDTH, Calls, Net, Structured, assert_usable, plain, rows, r
 from torch import nn
 
 import nnsight
-from nnsight import Cache, CacheError, CacheFileError, CacheWarning, InputError, NNsight, NotCachedError
+from nnsight import (
+    Cache,
+    CacheError,
+    CacheFileError,
+    CacheWarning,
+    InputError,
+    NNsight,
+    NotCachedError,
+    register_container,
+)
 
 
 @pytest.fixture
@@ -290,6 +299,37 @@ def test_one_type_whether_one_visit_or_many():
         cache.step(3)
     assert [list(visit) for visit in cache.to_dict()["model.a"]] == [["output"]] * 3
     assert len(cache.to_dict()["model"]) == 1
+
+
+def test_a_container_that_is_filled_later_is_copied_as_it_was(monkeypatch):
+    class Store:
+        def __init__(self):
+            self.kept = []
+
+    def look_into(store, function):
+        new = Store()
+        new.kept = [function(item) for item in store.kept]
+        return new
+
+    monkeypatch.setattr("nnsight.joint.containers._special", [])
+    register_container(Store, look_into)
+
+    class Filling(nn.Module):
+        def forward(self, x, store):
+            store.kept.append(x)
+            return x
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Filling()
+
+        def forward(self, x):
+            return self.inner(x, Store())
+
+    with NNsight(Outer()).trace(rows()) as tracer:
+        cache = tracer.cache(include_inputs=True)
+    assert cache["inner"].inputs[0][1].kept == []
 
 
 def test_generation_step_by_step_and_the_model_s_own_cache():

@@ -234,6 +234,7 @@ def project_of(folder):
 
 def test_every_plugin_has_an_extra_of_its_short_name():
     extras = project_of(ROOT / "core")["optional-dependencies"]
+    assert extras.pop("testing")[0].startswith("pytest")
     assert {"hf", "vllm", "diffusers", "ndif", "source", "all"} <= set(extras)
     assert sorted(extras["all"]) == sorted(name for extra, names in extras.items() if extra != "all" for name in names)
     for plugin in PLUGINS:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nnsight.errors import CaptureError as CaptureError
     from nnsight.errors import ConfigError as ConfigError
     from nnsight.errors import ConfigWarning as ConfigWarning
+    from nnsight.errors import ConformanceError as ConformanceError
     from nnsight.errors import DeadlockError as DeadlockError
     from nnsight.errors import EditFileError as EditFileError
     from nnsight.errors import GradientError as GradientError
@@ -74,7 +75,8 @@ _PUBLIC = {
     "nnsight.config": ("CONFIG",),
     "nnsight.errors": (
         "BatchError", "CacheError", "CacheFileError", "CacheWarning", "CaptureError", "ConfigError", "ConfigWarning",
-        "DeadlockError", "EditFileError", "GradientError", "InputError", "InvokeError", "MissedProviderError",
+        "ConformanceError", "DeadlockError", "EditFileError", "GradientError", "InputError", "InvokeError",
+        "MissedProviderError",
         "MissingPluginError", "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",  # noqa: E501
         "OrphanError", "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError",
         "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "StubError",
@@ -92,7 +94,9 @@ _PUBLIC = {
     "nnsight.tracing.tracer": ("Tracer",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-_SUBMODULES = frozenset({"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "plugins", "protocols"})
+_SUBMODULES = frozenset(
+    {"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "plugins", "protocols", "testing"}
+)
 
 
 def __getattr__(name: str) -> Any:

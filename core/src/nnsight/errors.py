@@ -155,3 +155,7 @@ class StubError(NNsightError, ValueError):
 
 class EditFileError(NNsightError, ValueError):
     """Edits could not be written to a file, or read from one."""
+
+
+class ConformanceError(NNsightError, TypeError):
+    """A subclass of a conformance suite replaces or drops a test without saying why."""

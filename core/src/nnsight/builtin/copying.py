@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight.joint.containers import rebuild_sequence, with_items
+from nnsight.joint.containers import is_registered, rebuild_sequence, transform, with_items
 from nnsight.kernel.envoy import Envoy
 
 Copier = Callable[[Any], Any]
@@ -74,14 +74,17 @@ def _copy(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo:
 
 def _copy_object(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, Any]) -> Any:
     """Copy an object if there are tensors in it, such as the keys and values that a language model keeps."""
-    memo[id(value)] = value
+    key = id(value)
+    if is_registered(value):  # what it holds nothing of yet may be filled before the copy is looked at
+        value = transform(value, lambda leaf: leaf)
+    memo[key] = value
     if hasattr(value, "__dict__"):
         attributes = dict(value.__dict__)
     else:
         attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if not any(_holds_tensor(item) for item in attributes.values()):
         return value
-    new = memo[id(value)] = copy.copy(value)
+    new = memo[key] = copy.copy(value)
     for name, item in attributes.items():
         object.__setattr__(new, name, _copy(item, copy_tensor, memo))
     return new

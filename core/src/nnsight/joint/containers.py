@@ -46,6 +46,11 @@ def transform(value: Any, function: Transform, is_shallow: bool = False) -> Any:
     return function(value)
 
 
+def is_registered(value: Any) -> bool:
+    """Return whether a value is of a container type that was registered."""
+    return any(isinstance(value, kind) for kind, _ in _special)
+
+
 def snapshot(value: Any) -> Any:
     """Return the containers of a value as they are now, with the same things in them; None for a lone tensor."""
     if isinstance(value, torch.Tensor):
