@@ -7,7 +7,8 @@ vocabulary here: inside the model a wrong one is an index error without a name, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ _NO_TOKENIZER = (
     "tokenizer=AutoTokenizer.from_pretrained(...) takes one from elsewhere. Token ids work without one."
 )
 _SOURCES = ("input_ids", "inputs_embeds")
+_FEW = 512
 
 
 def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
@@ -51,18 +53,23 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
     encoding = _encode(value, tokenizer, module) if value is not None else {}
     _refuse_twice(encoding, rest)
     call = {**encoding, **rest}
+    embeddings = _embeddings(module)
+    is_plain = call.get("attention_mask") is None and call.get("input_ids") is not None
     if call.get("input_ids") is not None:
-        rows = _finish_ids(call, module, tokenizer)
+        rows = _finish_ids(call, module, embeddings, tokenizer)
     else:
         rows = _check_embeds(call["inputs_embeds"])
-    counts_positions = method != "generate" and call.get("position_ids") is None and _takes_positions(module)
-    if counts_positions and has_left_padding(call.get("attention_mask")):
+    is_padded = not (is_plain and rows == 1) and has_left_padding(call.get("attention_mask"))
+    counts_positions = (
+        method != "generate" and call.get("position_ids") is None and _takes_positions(type(module).forward)
+    )
+    if counts_positions and is_padded:
         width = next(call[name] for name in _SOURCES if call.get(name) is not None).shape[1]
         call["position_ids"] = positions(call["attention_mask"])[:, -width:]  # a mask may cover a cache as well
-    device = input_device(module)
+    device = input_device(module, embeddings)
     if device is not None:
         call = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in call.items()}
-    return Prompt((), call, rows, counts_positions)
+    return Prompt((), call, rows, counts_positions, is_padded)
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> torch.Tensor:
@@ -82,13 +89,14 @@ def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> torch.Tensor:
     return torch.tensor(joined, dtype=torch.long)
 
 
-def input_device(module: nn.Module) -> torch.device | None:
+def input_device(module: nn.Module, embeddings: nn.Module | None) -> torch.device | None:
     """Return the device that inputs must be on; None when it cannot be told."""
     execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if execution is not None:  # accelerate: the weights may be offloaded, on the meta device
         return torch.device(execution)
-    embeddings = _embeddings(module)
-    weight = next((embeddings if embeddings is not None else module).parameters(), None)
+    weight = getattr(embeddings, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        weight = next((embeddings if embeddings is not None else module).parameters(), None)
     return weight.device if weight is not None and weight.device.type != "meta" else None
 
 
@@ -188,7 +196,7 @@ def pad_id(tokenizer: Any, module: nn.Module) -> int:
     return 0
 
 
-def _finish_ids(call: dict[str, Any], module: nn.Module, tokenizer: Any) -> int:
+def _finish_ids(call: dict[str, Any], module: nn.Module, embeddings: nn.Module | None, tokenizer: Any) -> int:
     """Bring `input_ids` and what goes with it into their final shape, in place; return the number of rows."""
     ids, mask = _as_ids(call["input_ids"], tokenizer, module)
     for name in PER_TOKEN.keys() - {"input_ids"}:
@@ -199,7 +207,7 @@ def _finish_ids(call: dict[str, Any], module: nn.Module, tokenizer: Any) -> int:
             call[name] = value.unsqueeze(0)
     if ids.ndim == 1:
         ids = ids.unsqueeze(0)
-    _check_ids(ids, module)
+    _check_ids(ids, embeddings)
     call["input_ids"] = ids
     if call.get("attention_mask") is None:
         call["attention_mask"] = mask if mask is not None else torch.ones_like(ids)
@@ -243,17 +251,21 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _check_ids(ids: torch.Tensor, module: nn.Module) -> None:
+def _check_ids(ids: torch.Tensor, embeddings: nn.Module | None) -> None:
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InputError(f"Token ids are integers, and these are {ids.dtype}. Embeddings go in as inputs_embeds=...")
     if ids.ndim != 2:
         raise InputError(f"Token ids have the shape (T,) or (B, T), and these have {tuple(ids.shape)}.")
     if not ids.numel():
         raise InputError(f"The token ids are empty, of shape {tuple(ids.shape)}. A model needs at least one.")
-    size = getattr(_embeddings(module), "num_embeddings", None)
+    size = getattr(embeddings, "num_embeddings", None)
     if size is None or ids.device.type == "meta":
         return
-    low, high = int(ids.min()), int(ids.max())
+    if ids.numel() <= _FEW:  # numbers of Python's own are faster as long as they are few
+        few = ids.flatten().tolist()
+        low, high = min(few), max(few)
+    else:
+        low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise InputError(
@@ -270,8 +282,9 @@ def _check_embeds(embeds: Any) -> int:
     return rows
 
 
-def _takes_positions(module: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(type(module).forward).parameters
+@lru_cache(maxsize=32)
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def _embeddings(module: nn.Module) -> nn.Module | None:

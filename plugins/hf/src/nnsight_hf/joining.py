@@ -25,9 +25,11 @@ class Prompt(Inputs):
     Attributes:
         counts_positions: whether the model is told positions that count from each row's first token when the rows
             are padded. `generate` does so by itself.
+        has_left_padding: whether its own mask leaves out the first token of any row.
     """
 
     counts_positions: bool = False
+    has_left_padding: bool = False
 
 
 def align(prompts: Sequence[Inputs], side: str, pad_id: int) -> list[Inputs]:
@@ -41,9 +43,12 @@ def align(prompts: Sequence[Inputs], side: str, pad_id: int) -> list[Inputs]:
     ids = [prompt.kwargs.get("input_ids") for prompt in prompts]
     if len(prompts) < 2 or any(one is None for one in ids):
         return list(prompts)
-    width = max(one.shape[1] for one in ids if one is not None)
-    padded = [_widen(prompt, width, side, pad_id) for prompt in prompts]
-    if not any(has_left_padding(one.kwargs.get("attention_mask")) for one in padded):
+    widths = {one.shape[1] for one in ids if one is not None}
+    padded = list(prompts)
+    if len(widths) > 1:
+        padded = [_widen(prompt, max(widths), side, pad_id) for prompt in prompts]
+    is_padded = len(widths) > 1 and side == "left"
+    if not is_padded and not any(isinstance(one, Prompt) and one.has_left_padding for one in prompts):
         return padded
     return [_with_positions(one) for one in padded]
 

@@ -221,6 +221,8 @@ class LanguageModel(NNsight):
             batch: the invoke's rows, and the joint call.
         """
         joint = batch.joint
+        if tensor.shape[0] == joint.total:
+            return slice(batch.start, batch.start + batch.size)
         copies = copies_per_prompt(joint.kwargs, getattr(self._module, "generation_config", None))
         ids = joint.kwargs.get("input_ids")
         if ids is not None and tensor.ndim > 1:
