@@ -360,11 +360,20 @@ def test_modeling_import_error_inside_a_plugin_is_not_taken_for_a_missing_name(s
     assert "No module named 'not_there_at_all'" in error
 
 
-def test_remote_trace_without_its_plugin_says_how_to_install_it():
-    if plugins.names("nnsight.exports") and "open_remote" in plugins.names("nnsight.exports"):
-        pytest.skip("nnsight-ndif is installed here")
-    with pytest.raises(MissingPluginError, match=r"nnsight-core\[ndif\]"):
-        plugins.open_remote(None, "trace", (), {}, True, None)
+@pytest.mark.parametrize("method", ["trace", "session"])
+def test_remote_run_without_its_plugin_says_how_to_install_it(site, method):
+    error = site.fail(
+        f"""
+        import torch
+        from nnsight import NNsight
+        with NNsight(torch.nn.Linear(2, 2)).{method}(remote=True):
+            pass
+        """
+    ).splitlines()[-1]
+    assert error == (
+        "nnsight.errors.MissingPluginError: 'open_remote' is provided by nnsight-ndif, which is not installed: "
+        'pip install "nnsight-core[ndif]"'
+    )
 
 
 def test_plugin_errors_share_a_base():
