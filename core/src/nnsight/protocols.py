@@ -36,6 +36,21 @@ class Naming(Protocol):
 
 
 @runtime_checkable
+class Locatable(Protocol):
+    """What has places of its own in a run, besides the modules: an operation inside a forward, or several of them."""
+
+    def locate(self, block: Any) -> list[tuple[int, int]]:
+        """Let the run of a block reach it from now on.
+
+        Returns:
+            The numbers of inputs and outputs in that run; -1 for an input that there is none of.
+
+        Raises:
+            InputError: it is of another model.
+        """
+
+
+@runtime_checkable
 class Standing(Protocol):
     """What a plugin has put in place for a run, in `Interleaver.closing`, and can put in place again.
 

@@ -20,6 +20,7 @@ from nnsight.builtin.paths import every_name, find, nearest
 from nnsight.errors import CacheError, CacheWarning, InputError
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.mediator import Mediator
+from nnsight.protocols import Locatable
 
 if TYPE_CHECKING:
     from nnsight.kernel.interleaver import Interleaver
@@ -42,7 +43,7 @@ def cache(
 
     Args:
         tracer: the open trace.
-        modules: which: paths, envoys or torch modules, or one of them; None for all.
+        modules: which: paths, envoys, torch modules or operations of a `.source`, or one of them; None for all modules.
         device: where the copies are; None for where the values are.
         dtype: what floating-point values are cast to; None for what they are.
         detach: whether the copies are cut off from the graph.
@@ -60,10 +61,11 @@ def cache(
     if not (include_output or include_inputs):
         raise InputError("A cache with include_output=False and include_inputs=False would record nothing.")
     copier = make_copier(_device(device), _dtype(dtype), detach)
-    first = [part._number for part in _chosen(root, modules)]
-    numbers = [*first] if include_inputs else []
-    if include_output:
-        numbers += [number + 1 for number in first]
+    places = _chosen(block, root, modules)
+    numbers = [given for given, _ in places if include_inputs and given >= 0]
+    numbers += [output for _, output in places if include_output]
+    if not numbers:
+        raise InputError("What this cache was to hold has no input of its own: cache it with include_output=True.")
     if modules is not None:
         _tell_passed(run, numbers)
     made = Cache(root, include_output, include_inputs)
@@ -169,23 +171,27 @@ def _no_request() -> None:
     raise AssertionError("a cache asks for nothing")
 
 
-def _chosen(root: Envoy, modules: Any) -> list[Envoy]:
-    """Return the envoys of the modules that are meant.
+def _chosen(block: Mediator, root: Envoy, modules: Any) -> list[tuple[int, int]]:
+    """Return the numbers of the inputs and outputs that are meant.
 
     Raises:
         InputError: one of them is not in the model, or is never called.
     """
     if modules is None:
-        return [root, *root._envoys.values()]
-    if isinstance(modules, str | nn.Module) or (isinstance(modules, Envoy) and not _is_list(modules)):
-        modules = [modules]
-    found = [_one(root, one) for one in modules]
-    if not found:
-        raise InputError("cache(modules=[]) would record nothing. Leave modules out to record all.")
-    for envoy in found:
+        return [(envoy._number, envoy._number + 1) for envoy in (root, *root._envoys.values())]
+    is_one = isinstance(modules, str | nn.Module) or (isinstance(modules, Envoy) and not _is_list(modules))
+    found: list[tuple[int, int]] = []
+    for one in [modules] if is_one or isinstance(modules, Locatable) else modules:
+        if not isinstance(one, str | nn.Module | Envoy) and isinstance(one, Locatable):
+            found += one.locate(block)
+            continue
+        envoy = _one(root, one)
         if _is_list(envoy):
             kind = type(envoy._module).__name__
             raise InputError(f"`{envoy.path}` cannot be cached: a {kind} only holds modules and is never called.")
+        found.append((envoy._number, envoy._number + 1))
+    if not found:
+        raise InputError("cache(modules=[]) would record nothing. Leave modules out to record all.")
     return list(dict.fromkeys(found))
 
 
@@ -205,7 +211,7 @@ def _one(root: Envoy, one: Any) -> Envoy:
             return found
         near = nearest(one if one.startswith("model.") else f"model.{one}", every_name(root))
         raise InputError(f"cache(modules=[{one!r}]): the model has no such module.{near}")
-    raise InputError(f"cache(modules=...) takes paths, envoys and torch modules, not {type(one).__name__!r}.")
+    raise InputError(f"`modules` takes paths, envoys, torch modules and operations, not {type(one).__name__!r}.")
 
 
 def _is_list(envoy: Envoy) -> bool:

@@ -183,15 +183,15 @@ class Cache:
 
     # -- by path -----------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, path: str | Envoy) -> Entry:
-        """Return the entry of a module: by path, from the root or below it, under any of its names, or by envoy."""
+    def __getitem__(self, path: Any) -> Entry:
+        """Return the entry of a module: by path, from the root or below it, any of its names, or by what has one."""
         found = self._find(path)
         if found is None:
-            raise self._missing(path.path if isinstance(path, Envoy) else path)
+            raise self._missing(_plain(path))
         return Entry(self, found)
 
     def __contains__(self, path: object) -> bool:
-        return isinstance(path, str | Envoy) and self._find(path) in self._index()
+        return (isinstance(path, str) or hasattr(path, "path")) and self._find(path) in self._index()
 
     def __getattr__(self, name: str) -> Entry:
         if name.startswith("_"):
@@ -317,7 +317,7 @@ class Cache:
         while self._indexed < len(records):
             number, occurrence, value = records[self._indexed]
             self._indexed += 1
-            path, port = self._tree[number]
+            path, port = _plain(self._tree[number]), self._tree[number].port
             if path not in visits:
                 visits[path] = {}
                 self._add_path(path)
@@ -360,12 +360,11 @@ class Cache:
                 path = target
         return path
 
-    def _find(self, path: str | Envoy) -> str | None:
-        if isinstance(path, Envoy):
-            path = path.path
-        if path in self._index() or self._children(path):
-            return path
-        names = path.split(".")
+    def _find(self, path: object) -> str | None:
+        full = _plain(path)
+        if full in self._index() or self._children(full):
+            return full
+        names = full.split(".")
         found = self._walk(ROOT, names)
         return found if found is not None or names[0] != ROOT else self._walk(ROOT, names[1:])
 
@@ -390,6 +389,10 @@ class Cache:
         return NotCachedError(
             f"`{path}` was not cached: it is no module that the cache was to hold, or the run did not call it.{near}"
         )
+
+
+def _plain(path: Any) -> str:
+    return str(path if isinstance(path, str) else path.path).replace("[", ".").replace("]", "")
 
 
 def _more(visits: dict[int, Visit]) -> str:

@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from nnsight import Envoy, Mediator, OrphanError, OutOfOrderError, OutsideTraceError, Places, WrongThreadError
+from nnsight import (
+    Envoy,
+    InputError,
+    Mediator,
+    OrphanError,
+    OutOfOrderError,
+    OutsideTraceError,
+    Places,
+    WrongThreadError,
+)
 from nnsight_source.errors import SourceError
 from nnsight_source.live import Live, find_live, look_into_call, look_into_module
 from nnsight_source.peel import peel
@@ -96,6 +105,19 @@ class Site:
         run = mediator.run
         if run is not None and not run.is_over and find_live(run, first) is None:
             self._look_into(mediator, first, around)
+
+    def locate(self, block: Mediator) -> int:
+        """Let the run of a block look into the function from now on; return the number of the first location.
+
+        Raises:
+            InputError: the block that the calling code is in is another one.
+        """
+        mediator, first, around = self.places.seat("source")
+        if mediator is not block:
+            raise InputError(f"`{self.path}` is of another model than the one traced.")
+        if mediator.run is not None and find_live(mediator.run, first) is None:
+            self._look_into(mediator, first, around)
+        return first
 
     def _check_counted(self, mediator: Mediator, live: Live, spot: Spot) -> None:
         """Refuse an occurrence that lies in a pass before the run looked in, or depends on what such passes reached.

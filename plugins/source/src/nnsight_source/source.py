@@ -12,7 +12,7 @@ from nnsight_source.show import listed, show_function, show_spot
 from nnsight_source.site import Site
 
 if TYPE_CHECKING:
-    from nnsight import Envoy
+    from nnsight import Envoy, Mediator
     from nnsight_source.spots import Spot
 
 
@@ -38,6 +38,11 @@ class Group:
     @property
     def _spots(self) -> dict[str, Spot]:
         return self._site.rewritten.spots[self._kind]
+
+    def locate(self, block: Mediator) -> list[tuple[int, int]]:
+        """Return the numbers of the inputs and outputs of all of them in the run of a block; `tracer.cache` asks."""
+        first = self._site.locate(block)
+        return [spot.numbers(first) for spot in self._spots.values()]
 
     def __getattr__(self, name: str) -> Operation:
         if name.startswith("__"):
@@ -206,6 +211,10 @@ class Operation:
             SourceError: it is not written in Python, or not known before it is called.
         """
         return Source(self._site.called(self._spot))
+
+    def locate(self, block: Mediator) -> list[tuple[int, int]]:
+        """Return the numbers of its input (-1 for none) and output in the run of a block; `tracer.cache` asks."""
+        return [self._spot.numbers(self._site.locate(block))]
 
     def _input(self, port: str) -> int:
         number = self._spot.input

@@ -49,6 +49,10 @@ class Spot:
     def line(self) -> int:
         return self.span[0]
 
+    def numbers(self, first: int) -> tuple[int, int]:
+        """Return the numbers of its input and output, where the function's first location has `first`."""
+        return (first + self.input if self.input >= 0 else -1), first + self.output
+
     @property
     def is_always_reached(self) -> bool:
         """Whether one call of the function reaches it exactly once."""
