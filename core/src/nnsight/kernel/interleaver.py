@@ -8,6 +8,7 @@ is what the model goes on with.
 from __future__ import annotations
 
 import sys
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from operator import attrgetter
@@ -293,12 +294,11 @@ class Interleaver:
         """Let a block wait for a location, behind those that were written before it."""
         if not self.is_held:
             self.start()
-        entry = self.waiting.get(number)
-        if entry is None:
-            self.waiting[number] = mediator
-        else:
-            others = entry if isinstance(entry, list) else [entry]
-            self.waiting[number] = sorted([*others, mediator], key=attrgetter("order"))
+        entry = self.waiting.setdefault(number, mediator)
+        if isinstance(entry, list):
+            insort(entry, mediator, key=attrgetter("order"))
+        elif entry is not mediator:
+            self.waiting[number] = sorted((entry, mediator), key=attrgetter("order"))
 
     def withdraw(self, mediator: Mediator) -> None:
         """Let a block wait for nothing."""
@@ -308,8 +308,9 @@ class Interleaver:
             if entry is mediator:
                 del waiting[number]
             elif isinstance(entry, list) and mediator in entry:
-                rest = [other for other in entry if other is not mediator]
-                waiting[number] = rest if len(rest) > 1 else rest[0]
+                entry.remove(mediator)
+                if len(entry) == 1:
+                    waiting[number] = entry[0]
         mediator.wanted, mediator.number = None, -1
 
     @property
