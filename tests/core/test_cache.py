@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import random
 import resource
 import struct
 import weakref
@@ -570,7 +571,7 @@ def test_files_that_are_no_cache_are_errors(tmp_path, model):
     files = {
         "short": (b"abc", "no safetensors file"),
         "text": (b"this is no such file at all", "no safetensors file"),
-        "other": (struct.pack("<Q", len(header)) + header + b"1234", "holds no cache"),
+        "other": (struct.pack("<Q", len(header)) + header + b"1234", "has no .nnsight.cache. in its metadata"),
         "cut": (good.read_bytes()[:-8], "too few"),
     }
     for name, (content, message) in files.items():
@@ -597,3 +598,60 @@ def test_a_copy_of_a_cache_is_a_cache(model):
         cache = tracer.cache()
     other = copy.copy(cache)
     assert other["h.0"].output is cache["h.0"].output
+
+
+def _places(value, path=()):
+    """Every place in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _places(item, (*path, key))
+    if path:
+        yield path
+
+
+def _damaged(value, path, new):
+    value = copy.deepcopy(value)
+    at = value
+    for key in path[:-1]:
+        at = at[key]
+    if new is None:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = new
+    return value
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_file_is_an_error_of_the_file_or_still_a_cache(tmp_path, model, seed):
+    with model.trace(rows()) as tracer:
+        cache = tracer.cache(include_inputs=True)
+    cache.save(file := tmp_path / "c")
+    good = file.read_bytes()
+    (length,) = struct.unpack("<Q", good[:8])
+    header = json.loads(good[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["nnsight.cache"])
+    junk = [None, -1, 0, 10**30, "x", "tensor", [], {}, [1, 2], True, 1.5, ["tensor", "nope"], ["dict", []], ["fields"]]
+    chance = random.Random(seed)
+    refused = 0
+    for round_ in range(200):
+        if round_ % 3 == 0:
+            content = bytearray(good)
+            for _ in range(3):
+                content[chance.randrange(8 + length)] = chance.randrange(256)
+        else:
+            new = dict(header)
+            if round_ % 3 == 1:
+                new = _damaged(header, chance.choice(list(_places(header))), chance.choice(junk))
+            else:
+                text = json.dumps(_damaged(about, chance.choice(list(_places(about))), chance.choice(junk)))
+                new["__metadata__"] = {"nnsight.cache": text}
+            content = json.dumps(new).encode()
+            content = struct.pack("<Q", len(content)) + content + good[8 + length :]
+        file.write_bytes(content)
+        try:
+            loaded = Cache.load(file)
+        except CacheFileError:
+            refused += 1
+        else:
+            assert isinstance(loaded.to_dict(), dict) and repr(loaded) and loaded.tree()
+    assert refused > 100

@@ -41,6 +41,10 @@ def make_copier(device: torch.device | None, dtype: torch.dtype | None, is_detac
     def copy_value(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return copy_tensor(value)
+        if type(value) is tuple and len(value) == 2 and type(value[0]) is tuple and not value[1]:
+            args, kwargs = value  # what most modules are called with: one tensor
+            if len(args) == 1 and type(kwargs) is dict and isinstance(args[0], torch.Tensor):
+                return (copy_tensor(args[0]),), {}
         return _copy(value, copy_tensor, {})
 
     return copy_value
@@ -53,13 +57,13 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
 
 def _copy(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, Any]) -> Any:
     """Copy a value; what occurs twice in it is copied once, and what holds no tensor stays the object it is."""
-    if isinstance(value, _PLAIN):
-        return value
+    new: Any
     if id(value) in memo:
         return memo[id(value)]
-    new: Any
     if isinstance(value, torch.Tensor):
         new = copy_tensor(value)
+    elif isinstance(value, _PLAIN):
+        return value
     elif isinstance(value, tuple | list):
         new = rebuild_sequence(value, [_copy(item, copy_tensor, memo) for item in value])
     elif isinstance(value, dict):
