@@ -74,7 +74,7 @@ def nnsight_run_ended(run: Interleaver, error: BaseException | None) -> None:
 
 @hookspec
 def nnsight_saveable_types() -> list[type]:  # type: ignore[empty-body]
-    """Fires when the first model is wrapped, and again when a plugin was registered by hand.
+    """Fires whenever a model is wrapped, after `nnsight_wrapped`: the answer may change when more has been imported.
 
     Returns:
         Types whose instances get a `.save()` while a block is open. They must accept a new class attribute.

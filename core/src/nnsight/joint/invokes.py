@@ -89,8 +89,11 @@ class Invokes:
         run.mediators = [*run.mediators, *blocks]
         run.start_blocks(blocks)
 
-    def run_apart(self, make_run: Callable[[Envoy, Callable[..., Any]], Interleaver], template: Interleaver) -> None:
-        """Run the invokes one after another, each as if it were alone."""
+    def run_apart(
+        self, make_run: Callable[[Envoy, Callable[..., Any]], Interleaver], template: Interleaver,
+        tell_ended: Callable[[BaseException | None], None],
+    ) -> None:  # fmt: skip
+        """Run the invokes one after another, each as if it were alone; tell of each when it is over, and why."""
         envoy = self._envoy
         assert envoy is not None and self._function is not None
         for block, inputs in self.entries:
@@ -103,15 +106,21 @@ class Invokes:
             mediator = block.join(run, 0)
             mediator.owner = self.owner
             run.mediators = [*run.mediators, mediator]
+            ended_by: BaseException | None = None
             try:
                 run.finish()
                 for seat in run.mediators:
                     if seat.error is not None:
                         raise seat.error
                 run.raise_error(again=False)
+            except BaseException as error:
+                ended_by = error
+                raise
             finally:
                 run.close()
                 self.write_back()
+                tell_ended(ended_by)
+                ended_by = None
 
     def write_back(self) -> None:
         """Write what the blocks have bound to the frames they are written in."""

@@ -173,7 +173,7 @@ class Tracer:
         """Let the model run to its end, and raise what went wrong in it or in a captured block."""
         invokes = self._invokes
         if invokes is not None and not self._batched and run.is_new:
-            invokes.run_apart(self._make_run, run)
+            invokes.run_apart(self._make_run, run, self._tell_ended)
             return
         run.finish()
         if invokes is not None:
@@ -199,10 +199,14 @@ class Tracer:
         self._run = self._mediator = self._frame = self._envoy = self._function = self._invokes = None
         self._args, self._kwargs = (), {}
         if self._announced:
-            announced, self._announced = self._announced, ()
-            for ended in announced:
-                if hooks.run_ended:
-                    hooks.run_ended(ended, error)
+            self._tell_ended(error)
+
+    def _tell_ended(self, error: BaseException | None) -> None:
+        """Tell plugins of the runs that are over."""
+        announced, self._announced = self._announced, ()
+        for ended in announced:
+            if hooks.run_ended:
+                hooks.run_ended(ended, error)
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
         """Add one input to the batch, with a block of its own: `with tracer.invoke(x):`.
