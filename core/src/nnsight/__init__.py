@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nnsight.errors import OrphanError as OrphanError
     from nnsight.errors import OutOfOrderError as OutOfOrderError
     from nnsight.errors import OutsideTraceError as OutsideTraceError
+    from nnsight.errors import PayloadError as PayloadError
     from nnsight.errors import PluginConflictError as PluginConflictError
     from nnsight.errors import PluginDisabledError as PluginDisabledError
     from nnsight.errors import PluginError as PluginError
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from nnsight.errors import StubError as StubError
     from nnsight.errors import TracerStateError as TracerStateError
     from nnsight.errors import UnknownPluginError as UnknownPluginError
+    from nnsight.errors import UnsendableError as UnsendableError
     from nnsight.errors import ViewError as ViewError
     from nnsight.errors import WrapError as WrapError
     from nnsight.errors import WrongThreadError as WrongThreadError
@@ -78,9 +80,10 @@ _PUBLIC = {
         "ConformanceError", "DeadlockError", "EditFileError", "GradientError", "InputError", "InvokeError",
         "MissedProviderError",
         "MissingPluginError", "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",  # noqa: E501
-        "OrphanError", "OutOfOrderError", "OutsideTraceError", "PluginConflictError", "PluginDisabledError",
-        "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError", "ScanError", "StubError",
-        "TracerStateError", "UnknownPluginError", "ViewError", "WrapError", "WrongThreadError",
+        "OrphanError", "OutOfOrderError", "OutsideTraceError", "PayloadError", "PluginConflictError",
+        "PluginDisabledError", "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError",
+        "ScanError", "StubError", "TracerStateError", "UnknownPluginError", "UnsendableError", "ViewError",
+        "WrapError", "WrongThreadError",
     ),
     "nnsight.hookspecs": ("hookimpl",),
     "nnsight.kernel.controller": ("current_run",),

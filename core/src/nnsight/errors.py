@@ -159,3 +159,11 @@ class EditFileError(NNsightError, ValueError):
 
 class ConformanceError(NNsightError, TypeError):
     """A subclass of a conformance suite replaces or drops a test without saying why."""
+
+
+class PayloadError(NNsightError, ValueError):
+    """A payload is damaged, was written by another version, or is not for this model."""
+
+
+class UnsendableError(NNsightError, TypeError):
+    """A variable of a block is bound to what cannot travel to another process."""

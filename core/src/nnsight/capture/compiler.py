@@ -71,7 +71,7 @@ class Block:
         self.flags = code.co_flags & _FUTURE
         self.is_function = bool(code.co_flags & _OPTIMIZED)
         self.is_class = not code.co_flags & (_OPTIMIZED | _NEW_LOCALS) and code.co_name != "<module>"
-        self.owner = code.co_name if self.is_class else _owner_class(code)
+        self.owner = code.co_name if self.is_class else owner_class(code)
         names = Names().scan(self.parts)
         if names.uses_super and first:
             names.loaded.add(first)
@@ -174,10 +174,10 @@ class Block:
         # With an end of its own: one that Python adds would be taken for a part of the last statement.
         body = [*first, *body, ast.Return(value=None, **place)]
         names = sorted(self._plain.get(name, name) for name in cells)
-        inner = _function(self.name if self.name.isidentifier() else "block", [], body, place)
-        statements: list[ast.stmt] = [_function("factory", [*names, ENTERED, LOAD], [inner], place)]
+        inner = function_node(self.name if self.name.isidentifier() else "block", [], body, place)
+        statements: list[ast.stmt] = [function_node("factory", [*names, ENTERED, LOAD], [inner], place)]
         if self.owner:
-            statements = [_class(self.owner, statements, place)]
+            statements = [class_node(self.owner, statements, place)]
         code = self._compile(statements, 3 if self.owner else 2)
         return code.replace(co_name=self.name, co_qualname=self.qualname)
 
@@ -201,19 +201,21 @@ class Block:
         depth = 0
         if self.is_function:
             own = [name for name in (*code.co_varnames, *code.co_cellvars) if name.isidentifier()]
-            inner = [_function("uses", [], [_read_all(code.co_cellvars, place)], place)]
-            body = [_function("f", list(dict.fromkeys(own)), [*inner, *body, ast.Return(value=None, **place)], place)]
+            inner = [function_node("uses", [], [_read_all(code.co_cellvars, place)], place)]
+            body = [
+                function_node("f", list(dict.fromkeys(own)), [*inner, *body, ast.Return(value=None, **place)], place)
+            ]
             depth = 1
         else:
             body.append(_read_all((ENTERED,), place))  # an end of its own, as below
             if self.is_class:
-                body = [_class(self.name, body, place)]
+                body = [class_node(self.name, body, place)]
                 depth = 1
         if depth:
-            body = [_function("outer", [name for name in code.co_freevars if name != "__class__"], body, place)]
+            body = [function_node("outer", [name for name in code.co_freevars if name != "__class__"], body, place)]
             depth += 1
         if self.owner and not self.is_class:
-            body = [_class(self.owner, body, place)]
+            body = [class_node(self.owner, body, place)]
             depth += 1
         return self._compile(body, depth)
 
@@ -275,7 +277,7 @@ def _remember(code: CodeType, block: weakref.ref[Block]) -> None:
             _remember(constant, block)
 
 
-def _owner_class(code: CodeType) -> str:
+def owner_class(code: CodeType) -> str:
     """Return the name of the innermost class around a function, for name mangling; '' when there is none."""
     parts = code.co_qualname.split(".")
     for inner, outer in zip(parts[::-1], parts[-2::-1], strict=False):
@@ -328,7 +330,7 @@ def _read_all(names: Iterable[str], place: dict[str, Any]) -> ast.stmt:
     return ast.Expr(ast.Tuple(read, ast.Load(), **place), **place)
 
 
-def _function(name: str, arguments: list[str], body: list[ast.stmt], place: dict[str, Any]) -> ast.FunctionDef:
+def function_node(name: str, arguments: list[str], body: list[ast.stmt], place: dict[str, Any]) -> ast.FunctionDef:
     """Return the definition of a function with positional arguments."""
     taken = [ast.arg(arg=argument, **place) for argument in arguments]
     signature = ast.arguments(posonlyargs=[], args=taken, kwonlyargs=[], kw_defaults=[], defaults=[])
@@ -338,7 +340,7 @@ def _function(name: str, arguments: list[str], body: list[ast.stmt], place: dict
     return node
 
 
-def _class(name: str, body: list[ast.stmt], place: dict[str, Any]) -> ast.ClassDef:
+def class_node(name: str, body: list[ast.stmt], place: dict[str, Any]) -> ast.ClassDef:
     """Return the definition of a class; names in it are mangled with its name."""
     node = ast.ClassDef(name=name, bases=[], keywords=[], body=body, decorator_list=[], **place)
     if sys.version_info >= (3, 12):
