@@ -12,7 +12,7 @@ class Leave(BaseException):
 
 
 class Leaving:
-    """Arranges that a frame raises `Leave` at its next opcode, and puts back whatever tracer was there."""
+    """Arranges that a frame raises `Leave` at its next opcode (`arm`), and puts back whatever tracer was there."""
 
     __slots__ = ("_frame", "_global", "_local", "_opcodes")
 
@@ -21,11 +21,20 @@ class Leaving:
         self._global = sys.gettrace()
         self._local = frame.f_trace
         self._opcodes = frame.f_trace_opcodes
-        frame.f_trace_opcodes = True
-        frame.f_trace = _raise_leave
-        # A tracer written in C, such as that of coverage, would not look at `f_trace`.
-        if not isinstance(self._global, FunctionType | MethodType):
-            sys.settrace(_ignore)
+
+    def arm(self) -> None:
+        """Let `Leave` be raised at the frame's next opcode."""
+        frame = self._frame
+        assert frame is not None
+        try:
+            frame.f_trace_opcodes = True
+            frame.f_trace = _raise_leave
+            # A tracer written in C, such as that of coverage, would not look at `f_trace`.
+            if not isinstance(self._global, FunctionType | MethodType):
+                sys.settrace(_ignore)
+        except BaseException:  # an interrupt: there will be no `__exit__`
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Put back what was there. Python drops the tracers when one of them raises, so both are set again."""

@@ -17,8 +17,8 @@ import torch
 from nnsight.errors import BatchError
 from nnsight.joint.containers import fields_of, rebuild_sequence, transform, with_fields, with_items
 from nnsight.joint.tables import storage_of
-from nnsight.kernel.interleaver import Deferred, Interleaver
-from nnsight.kernel.mediator import Mediator
+from nnsight.kernel.interleaver import Interleaver
+from nnsight.kernel.mediator import Deferred, Mediator
 
 #: A tensor handed out whole, its version then, and a copy of one that has no versions (made in inference mode).
 Unsplit = tuple[torch.Tensor, int, torch.Tensor | None]

@@ -74,8 +74,8 @@ class CapturedMediator(Mediator):
         self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)
 
     @property
-    def has_died(self) -> bool:
-        return self.carrier.has_died
+    def has_ended(self) -> bool:
+        return self.carrier.has_ended
 
     @property
     def where(self) -> str:

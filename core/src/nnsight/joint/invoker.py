@@ -34,8 +34,9 @@ class Capture:
         except BaseException as error:
             hide(error)
             raise
-        self._leaving = Leaving(frame)
-        return self._block.entered
+        self._leaving = leaving = Leaving(frame)
+        leaving.arm()  # the last call: an interrupt after it would meet `Leave`
+        return entered
 
     if TYPE_CHECKING:
 

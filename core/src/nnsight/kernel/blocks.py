@@ -6,6 +6,7 @@ a block has started: their stack does not lead to it.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class Block(Protocol):
     @property
     def where(self) -> str: ...
     def save(self, value: Any) -> None: ...
+    def abandon(self) -> None: ...
 
 
 class PlainBlock:
@@ -54,6 +56,10 @@ class PlainBlock:
     def close(self) -> None:
         self.is_open = False
 
+    abandon = close
+
+
+_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 OUTSIDE = (
     "Cannot return {port} of Envoy `{path}`: no block of this model is open here, so there is no run to take it from. "
@@ -63,6 +69,8 @@ OUTSIDE = (
 
 def open_block(frame: FrameType, mediator: Block) -> None:
     """Register a block whose body runs in `frame`."""
+    if open_blocks:
+        _abandon_dead(frame)
     blocks = open_blocks.get(frame)
     if blocks is None:
         open_blocks[frame] = [mediator]
@@ -70,6 +78,26 @@ def open_block(frame: FrameType, mediator: Block) -> None:
         blocks.append(mediator)
     mediator.outer = _hint.get()
     _hint.set(mediator)
+
+
+def _abandon_dead(frame: FrameType) -> None:
+    """Close what an interrupt has left open between a body and its `__exit__`: blocks whose frame is gone."""
+    ident = threading.get_ident()
+    alive = set()
+    above: FrameType | None = frame
+    while above is not None:
+        alive.add(above)
+        above = above.f_back
+    for other, blocks in list(open_blocks.items()):
+        if other in alive or other.f_code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):
+            continue
+        try:
+            other.clear()
+        except RuntimeError:  # it runs, in another greenlet
+            continue
+        del open_blocks[other]
+        for block in reversed(blocks):
+            block.abandon()
 
 
 def close_block(frame: FrameType, mediator: Block) -> None:

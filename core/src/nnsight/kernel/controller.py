@@ -166,7 +166,11 @@ class Instrumentation:
             self._holders.discard(run)
             if self._holders:
                 return
-            self._take_all_out()
+            try:
+                self._take_all_out()
+            except BaseException:  # an interrupt
+                self._take_all_out()
+                raise
 
     def _take_all_out(self) -> None:
         for slot, controller in self._slots:
@@ -179,8 +183,9 @@ class Instrumentation:
             assert link.controller is not None
             _take_out(link.slot, link.controller, link.previous)
             self._links.pop().controller = None
-        self._is_installed = False
-        _release_eager()
+        if self._is_installed:
+            self._is_installed = False
+            _release_eager()
 
     def _install_new(self) -> None:
         for index in range(len(self._slots), len(self._modules)):

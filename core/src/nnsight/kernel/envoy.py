@@ -80,8 +80,7 @@ class Envoy:
         """The arguments as the module's caller passes them: `(args, kwargs)`. Only inside a block."""
         try:
             block, number = self._seat("inputs")
-            found: tuple[tuple[Any, ...], dict[str, Any]] = block.read(number)
-            return found
+            return block.read(number)  # type: ignore[no-any-return]
         except BaseException as error:
             self._failed("inputs", error)
             raise

@@ -18,25 +18,18 @@ from typing import TYPE_CHECKING, Any
 from nnsight.kernel import ambient, causes
 from nnsight.kernel.blocks import clear_hint
 from nnsight.kernel.controller import Instrumentation, current_run
+from nnsight.kernel.mediator import Deferred, Mediator
 from nnsight.kernel.sides import Carrier, ThreadCarrier, Unwind, make_carrier
 
 if TYPE_CHECKING:
     from nnsight.kernel.location import Tree
-    from nnsight.kernel.mediator import Mediator
 
     #: A block that waits for what other blocks do, whether that is done, and what it is.
     Condition = tuple[Mediator, Callable[[], bool], object]
 
 
 _NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
-
-
-class Deferred:
-    """A value that several blocks bring together, known when all have been served."""
-
-    def resolve(self) -> Any:
-        """Return the value."""
-        raise NotImplementedError
+_NOTHING: Any = None
 
 
 class _Everything(dict[int, Any]):
@@ -128,6 +121,7 @@ class Interleaver:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again where the block asked
             self._error = error
+            self._is_closing = self._is_closing or not isinstance(error, Exception)  # an interrupt ends every block
             causes.annotate(self, error)
         finally:
             self.is_running, self.is_over = False, True
@@ -136,7 +130,7 @@ class Interleaver:
                 self._end_blocks()
                 # What a block has raised is told before what the model has: it may be what became of that.
                 raised = next((m.error for m in self.mediators if m.error is not None), None)
-                if raised is not None:
+                if raised is not None and (self._error is None or isinstance(self._error, Exception)):
                     self._error, self._is_error_told = raised, False
 
     def start_blocks(self, mediators: Sequence[Mediator]) -> None:
@@ -155,11 +149,12 @@ class Interleaver:
             self.conditions = [entry for entry in self.conditions if entry[0] is not mediator]
             if is_taken_down:
                 mediator.take_down()
+            elif mediator.has_ended:
+                mediator.is_done = True
             else:
                 mediator.to_block()
                 while self._answer_condition():
                     pass
-            mediator.is_done = mediator.is_done or mediator.has_died
 
     def _resume(self, mediator: Mediator) -> None:
         """Let a block go on to its next request. One that has raised takes the model down."""
@@ -343,8 +338,7 @@ class Interleaver:
 
     def hand_back(self) -> None:
         """Let the inline block of this run go on. Called by the model."""
-        assert self.carrier is not None
-        self.carrier.pause()
+        self.carrier.pause()  # type: ignore[union-attr]  # what runs is carried
 
     def finish(self) -> None:
         """Let the model run to its end. Called by an inline block that asks for nothing more."""
@@ -378,15 +372,15 @@ class Interleaver:
     def close(self) -> None:
         """Release the instrumentation and refer to nothing any more."""
         if self.is_held:
-            self.is_held = False
             self._instrumentation.release(self)
+            self.is_held = False
             ambient.settle(self._began_in)
         closing, self.closing = self.closing, ()
         for leave in closing:
             leave()
         self.is_running, self.is_over = False, True
         self.tree = self.carrier = self._function = self.module = self.value = self.skipped = None
-        self._error = None
+        self._error, self._instrumentation = None, _NOTHING  # a context may outlive the run: it must not keep the model
         self.args, self.kwargs = (), _NO_KWARGS
         for mediator in self.mediators:
             mediator.close()

@@ -31,6 +31,14 @@ class StopBlock(BaseException):
         self.mediator = mediator
 
 
+class Deferred:
+    """A value that several blocks bring together, known when all have been served."""
+
+    def resolve(self) -> Any:
+        """Return the value."""
+        raise NotImplementedError
+
+
 class Mediator:
     """One block's seat in one run.
 
@@ -87,8 +95,8 @@ class Mediator:
         return self.run is not None
 
     @property
-    def has_died(self) -> bool:
-        """Whether an interrupt has ended what carried the block, between two steps of ours."""
+    def has_ended(self) -> bool:
+        """Whether what carries a captured block has come to its end, by itself or by an interrupt."""
         return False
 
     @property
@@ -248,6 +256,14 @@ class Mediator:
             return False
         work()
         return True
+
+    def abandon(self) -> None:
+        """Take the run down: nobody will leave the block any more."""
+        run = self.run
+        if run is not None:
+            run.unwind()
+            run.close()
+        self.close()
 
     def close(self) -> None:
         """Refer to nothing any more."""

@@ -37,8 +37,8 @@ class Carrier(Protocol):
     thread: int  # the thread that the job runs in
 
     @property
-    def has_died(self) -> bool:
-        """Whether an interrupt ended what carried the job before the job could say so."""
+    def has_ended(self) -> bool:
+        """Whether the job has come to its end, by itself or by an interrupt of what carries it."""
 
     def resume(self) -> None:
         """Run the job until it pauses or ends. Called by the driver."""
@@ -154,8 +154,8 @@ class GreenletCarrier:
             restore(mine, now, lend=self._is_model)
 
     @property
-    def has_died(self) -> bool:
-        return self._worker is not None and bool(self._worker.dead)
+    def has_ended(self) -> bool:
+        return self._job is None or (self._worker is not None and bool(self._worker.dead))
 
     def _drive(self, worker: greenlet, driver: greenlet) -> None:
         """Let the job hand back to another greenlet from now on."""
@@ -167,6 +167,8 @@ class GreenletCarrier:
         if worker is None or self._job is None or sys.is_finalizing():  # nobody can switch when Python ends
             return
         if self._context is not None or worker.dead:  # interrupted before it began
+            if not worker.dead:
+                worker.gr_context = None
             worker.job = self._job = self._worker = self._context = None
             return
         self._drive(worker, getcurrent())
@@ -211,7 +213,9 @@ class GreenletCarrier:
 class ThreadCarrier:
     """Runs a job in a thread of its own. Torch's ambient state is per thread but for inference mode, which is lent."""
 
-    has_died = False  # interrupts come to the main thread alone
+    @property
+    def has_ended(self) -> bool:
+        return self._job is None
 
     def __init__(self, job: Job, context: Context, state: State, is_model: bool) -> None:
         self.thread = 0

@@ -163,10 +163,15 @@ class Tracer:
                 return is_stop
             except BaseException as raised:
                 error = raised
+                run.unwind()  # an interrupt in ours may come while the model stands somewhere
                 hide(error)
                 raise
             finally:
-                self._end(run, mediator, error)
+                try:
+                    self._end(run, mediator, error)
+                except KeyboardInterrupt:  # in ours: nothing must remain all the same
+                    self._end(run, mediator, error)
+                    raise
                 del error
 
     def _finish(self, run: Interleaver) -> None:

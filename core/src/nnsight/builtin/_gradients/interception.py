@@ -22,7 +22,7 @@ GRADIENTS = Tree()
 
 _lock = threading.Lock()
 _get_ident = threading.get_ident
-_open: dict[int, int] = {}  # thread -> how many blocks are open in it
+_open: dict[int, set[Backward]] = {}  # thread -> the blocks that are open in it
 _ordinary: Any = torch.Tensor.grad
 
 plain_get = _ordinary.__get__
@@ -57,19 +57,20 @@ def _delete(tensor: torch.Tensor) -> None:
 _intercepted = property(_get, _set, _delete, _ordinary.__doc__)
 
 
-def begin(thread: int) -> None:
-    """Count one more open block of a thread; put the property in place for the first in the process."""
+def begin(block: Backward) -> None:
+    """Note one more open block; put the property in place for the first in the process."""
     with _lock:
-        if not _open:
+        _open.setdefault(block.thread, set()).add(block)
+        if "grad" not in torch.Tensor.__dict__:
             torch.Tensor.grad = _intercepted  # type: ignore[assignment]
-        _open[thread] = _open.get(thread, 0) + 1
 
 
-def end(thread: int) -> None:
-    """Count one open block less; take the property away with the last."""
+def end(block: Backward) -> None:
+    """Forget an open block, if it is one; take the property away with the last."""
     with _lock:
-        _open[thread] -= 1
-        if not _open[thread]:
-            del _open[thread]
-        if not _open:
+        blocks = _open.get(block.thread, set())
+        blocks.discard(block)
+        if not blocks:
+            _open.pop(block.thread, None)
+        if not _open and "grad" in torch.Tensor.__dict__:
             del torch.Tensor.grad

@@ -89,18 +89,18 @@ class Backward:
         self._line = frame.f_lineno
         self._pass = _Pass(root.node, self._call, self._has_inputs)
         self._frame = frame
-        open_block(frame, self)
-        interception.begin(self.thread)
+        try:
+            open_block(frame, self)
+            interception.begin(self)
+        except BaseException:  # there will be no `__exit__`
+            self.abandon()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        running, call = self._pass, self._call
-        assert running is not None and self._frame is not None
-        interception.end(self.thread)
-        close_block(self._frame, self)
-        self._frame = self._pass = self._loss = self._call = None
+        running, call = self._let_go()
         try:
             if error is not None:
                 running.unwind()
@@ -110,6 +110,21 @@ class Backward:
                 running.finish()
         finally:
             running.close()
+
+    def abandon(self) -> None:
+        """Take the pass down: nobody will leave the block any more."""
+        running, _ = self._let_go()
+        running.unwind()
+        running.close()
+
+    def _let_go(self) -> tuple[_Pass, Any]:
+        """Close the block; return its pass, and the call of backward."""
+        running, call = self._pass, self._call
+        assert running is not None and self._frame is not None
+        interception.end(self)
+        close_block(self._frame, self)
+        self._frame = self._pass = self._loss = self._call = None
+        return running, call
 
     # -- requests, from `Tensor.grad` ----------------------------------------------------------------------------
 

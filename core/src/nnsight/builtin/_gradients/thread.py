@@ -71,8 +71,11 @@ class Worker:
             self.resume()
 
     def give_back(self) -> None:
-        """Let the thread be used again, or end. Its job has ended."""
-        if len(_idle) < _KEPT:
+        """Let the thread be used again, or end."""
+        if self.is_running:  # an interrupt came while the job was taken down: it ends by itself, for nobody
+            self._is_unwinding = True
+            self._turn.release()
+        elif len(_idle) < _KEPT:
             _idle.append(self)
         else:
             self._turn.release()
