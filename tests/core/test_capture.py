@@ -43,6 +43,7 @@ class Held:
         self.scope = Scope(read_block(frame), frame, self.before[-1].scope if self.before else None)
         bind(self.scope, self.entered())
         self.leaving = Leaving(frame)
+        self.leaving.arm()
         return self.after()
 
     def entered(self):

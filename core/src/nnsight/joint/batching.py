@@ -16,6 +16,7 @@ import torch
 
 from nnsight.errors import BatchError
 from nnsight.joint.containers import fields_of, rebuild_sequence, transform, with_fields, with_items
+from nnsight.joint.joining import concatenate
 from nnsight.joint.tables import storage_of
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Deferred, Mediator
@@ -269,7 +270,7 @@ class PartialSkip(Deferred):
                 f"A batched .skip() has to cover every row: `{self.path}` was skipped for {covered} of {self.total} "
                 "rows. Skip it in every invoke, or assign its output instead."
             )
-        return _concatenate([value for _, (_, value) in sorted(self.pieces.items())], self.path)
+        return concatenate([value for _, (_, value) in sorted(self.pieces.items())], self.path)
 
 
 def check_unsplit(unsplit: Sequence[Unsplit]) -> None:
@@ -281,38 +282,6 @@ def check_unsplit(unsplit: Sequence[Unsplit]) -> None:
                 "of the batch: the edit has reached the other invokes. Clone it before editing, or edit it from an "
                 "invoke without input, which has the whole batch."
             )
-
-
-def join_values(values: Sequence[Any], name: str) -> Any:
-    """Join what several invokes give for one argument: tensors along dim 0, anything else must be the same.
-
-    Raises:
-        BatchError: they cannot be joined.
-    """
-    if all(isinstance(value, torch.Tensor) for value in values):
-        return _concatenate(values, name)
-    if all(value is values[0] or _equal(value, values[0]) for value in values):
-        return values[0]
-    raise BatchError(f"The invokes cannot be joined: they give different values for {name}, and it is no tensor.")
-
-
-def _equal(left: Any, right: Any) -> bool:
-    return type(left) is type(right) and isinstance(left, bool | int | float | str | None) and left == right
-
-
-def _concatenate(values: Sequence[Any], name: str) -> Any:
-    first = values[0]
-    if isinstance(first, tuple | list):
-        return rebuild_sequence(first, [_concatenate(items, name) for items in zip(*values, strict=True)])
-    if not isinstance(first, torch.Tensor):
-        return first
-    shapes = [tuple(value.shape) for value in values]
-    if len({shape[1:] for shape in shapes}) > 1 or any(len(shape) == 0 for shape in shapes):
-        raise BatchError(f"The invokes cannot be joined: {name} has shapes {shapes}, equal only up to dim 0 would do.")
-    if len({(value.dtype, value.device) for value in values}) > 1:
-        kinds = [f"{value.dtype} on {value.device}" for value in values]
-        raise BatchError(f"The invokes cannot be joined: {name} is {', '.join(kinds)}.")
-    return torch.cat(list(values))
 
 
 def _describe(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
@@ -15,8 +14,9 @@ from torch import nn
 
 from nnsight._frames import hide
 from nnsight.capture.callsite import is_with_item
-from nnsight.errors import BatchError, NoInputError, PluginError, WrapError
-from nnsight.joint.batching import Batch, join_values
+from nnsight.errors import NoInputError, PluginError, WrapError
+from nnsight.joint.batching import Batch
+from nnsight.joint.joining import accepts, join_inputs, leading_size
 from nnsight.joint.tables import tables_of
 from nnsight.kernel import envoy as kernel
 from nnsight.plugins import hooks
@@ -90,7 +90,7 @@ class Envoy(kernel.Envoy):
                 root.dispatch()
             if root is self:
                 return root.prepare(method, args, kwargs)
-        return Inputs(args, kwargs, _leading_size(args, kwargs))
+        return Inputs(args, kwargs, leading_size(args, kwargs))
 
     def _traced_root(self) -> Envoy:
         return cast("Envoy", self._find_root())
@@ -118,13 +118,7 @@ class Envoy(kernel.Envoy):
         self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
         """Return what a trace without input runs: the model if it can be called so, else the error that says so."""
-        called = function.forward if isinstance(function, nn.Module) else function
-        try:
-            inspect.signature(called).bind(*args, **kwargs)
-            takes_none = not getattr(self.root, "requires_input", False)
-        except TypeError:
-            takes_none = False
-        if takes_none:
+        if not getattr(self.root, "requires_input", False) and accepts(function, args, kwargs):
             return function
 
         def refuse(*args: Any, **kwargs: Any) -> None:
@@ -196,7 +190,7 @@ class NNsight(Envoy):
         Raises:
             InputError: they cannot be used.
         """
-        return Inputs(args, kwargs, _leading_size(args, kwargs))
+        return Inputs(args, kwargs, leading_size(args, kwargs))
 
     def join(self, inputs: Sequence[Inputs]) -> Inputs:
         """Join what several invokes feed the model into one call.
@@ -295,40 +289,10 @@ def _check_module(module: object) -> None:
         raise WrapError("nn.DataParallel copies the model for every call; wrap its `.module` instead.")
 
 
-def _leading_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the first size of the first tensor given; 1 for other arguments, None for options alone."""
-    for value in args if not kwargs else (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.ndim:
-            return value.shape[0]
-    return 1 if args else None
+_MIRROR = (
+    "_module _tree _path _number _output_at _parent _root _children _envoys _instrumentation edits _aliases".split()
+)
 
 
 def _is_mirror(name: str, value: object) -> bool:
-    kept = (
-        "_module",
-        "_tree",
-        "_path",
-        "_number",
-        "_output_at",
-        "_parent",
-        "_root",
-        "_children",
-        "_envoys",
-        "_instrumentation",
-        "edits",
-        "_aliases",
-    )
-    return name in kept or isinstance(value, kernel.Envoy)
-
-
-def join_inputs(inputs: Sequence[Inputs]) -> Inputs:
-    """Join calls argument by argument: tensors along dim 0, anything else must be the same in all."""
-    first = inputs[0]
-    if len(inputs) == 1:
-        return first
-    shapes = {(len(one.args), tuple(one.kwargs)) for one in inputs}
-    if len(shapes) > 1:
-        raise BatchError("The invokes cannot be joined: they were given different arguments.")
-    args = tuple(join_values([one.args[i] for one in inputs], f"argument {i + 1}") for i in range(len(first.args)))
-    kwargs = {name: join_values([one.kwargs[name] for one in inputs], f"`{name}`") for name in first.kwargs}
-    return Inputs(args, kwargs, sum(one.rows or 0 for one in inputs))
+    return name in _MIRROR or isinstance(value, kernel.Envoy)
