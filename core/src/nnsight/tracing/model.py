@@ -290,8 +290,9 @@ def _check_module(module: object) -> None:
 
 
 _MIRROR = (
-    "_module _tree _path _number _output_at _parent _root _children _envoys _instrumentation edits _aliases".split()
-)
+    "_module", "_tree", "_path", "_number", "_output_at", "_parent", "_root", "_children", "_envoys",
+    "_instrumentation", "edits", "_aliases",
+)  # fmt: skip
 
 
 def _is_mirror(name: str, value: object) -> bool:
