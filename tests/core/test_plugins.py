@@ -76,6 +76,42 @@ def test_scan_happens_once_and_refresh_repeats_it(site):
     assert out.splitlines() == ["1", "2"]
 
 
+def test_refresh_forgets_what_distributions_gave_and_keeps_what_was_registered_by_hand(site):
+    entry_points = {
+        "nnsight": {"alpha": "alpha_hooks"},
+        "nnsight.exports": {"Thing": "alpha_module:Thing"},
+        "nnsight.modeling": {"engine": "alpha_module"},
+    }
+    hook = "def nnsight_wrapped(envoy): print('alpha saw', envoy)"
+    info = site.add("alpha", entry_points, {"alpha_module": CLASS, "alpha_hooks": hook})
+    out = site.run(
+        f"""
+        import os, sys, types
+        import nnsight, nnsight.modeling
+        from nnsight import plugins
+        plugins.register(types.SimpleNamespace(nnsight_wrapped=lambda envoy: print("mine saw", envoy)), "mine")
+        plugins.hooks.wrapped(1)
+        first = nnsight.Thing
+        assert nnsight.modeling.engine.Thing is first
+        plugins.refresh()
+        assert nnsight.Thing is first and nnsight.modeling.engine.Thing is first
+        plugins.hooks.wrapped(2)
+        os.rename({str(info)!r}, {str(info.parent / "gone")!r})
+        plugins.refresh()
+        plugins.hooks.wrapped(3)
+        print(hasattr(nnsight, "Thing"), hasattr(nnsight.modeling, "engine"), "nnsight.modeling.engine" in sys.modules)
+        os.rename({str(info.parent / "gone")!r}, {str(info)!r})
+        plugins.refresh()
+        plugins.hooks.wrapped(4)
+        assert nnsight.Thing is first
+        """
+    )
+    assert out.splitlines() == [
+        "alpha saw 1", "mine saw 1", "imported alpha_module", "alpha saw 2", "mine saw 2", "mine saw 3",
+        "False False False", "alpha saw 4", "mine saw 4",
+    ]  # fmt: skip
+
+
 def test_eight_threads_get_one_object(site):
     source = "import time\ntime.sleep(0.05)\nclass Thing: pass\n"
     site.add("alpha", {"nnsight.exports": {"Thing": "alpha_module:Thing"}}, {"alpha_module": source})

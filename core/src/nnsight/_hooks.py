@@ -30,11 +30,10 @@ class Hooks:
         trace_opened: `hooks.trace_opened(tracer)`, or None when no plugin implements it.
         run_started: `hooks.run_started(run)`, or None.
         run_ended: `hooks.run_ended(run, error)`, or None.
-        generation: counts registrations, so that what was collected from plugins can be found out of date.
     """
 
     __slots__ = (
-        "_broken", "_is_loaded", "_loader", "_lock", "_manager", "_registry", "_wrapped", "generation", "run_ended",
+        "_broken", "_installed", "_is_loaded", "_loaders", "_lock", "_manager", "_registry", "_wrapped", "run_ended",
         "run_started", "trace_opened",
     )  # fmt: skip
 
@@ -43,13 +42,13 @@ class Hooks:
         self._lock = threading.RLock()
         self._manager: Manager | None = None
         self._is_loaded = False
-        self._loader: int | None = None
+        self._loaders: set[int] = set()
+        self._installed: list[str] = []
         self._broken: dict[str, PluginError] = {}
         self._wrapped: Callable[[Envoy], None] | None = None
         self.trace_opened: Callable[[Tracer], None] | None = None
         self.run_started: Callable[[Interleaver], None] | None = None
         self.run_ended: Callable[[Interleaver, BaseException | None], None] | None = None
-        self.generation = 0
 
     def wrapped(self, envoy: Envoy) -> None:
         """Tell plugins that a model was wrapped. The first call loads them."""
@@ -132,18 +131,20 @@ class Hooks:
     def load(self) -> None:
         """Import and register the plugins of group `nnsight`, once; warn about each that cannot be."""
         me = threading.get_ident()
-        if self._is_loaded or self._loader == me:
+        if self._is_loaded or me in self._loaders:
             return  # a plugin that wraps a model while it is being imported comes back here
         # The imports happen outside the lock: another thread may hold a module's import lock and wait for ours.
-        self._loader = me
-        plugins, broken = self._imported()
+        self._loaders.add(me)
+        try:
+            plugins, broken = self._imported()
+        finally:
+            self._loaders.discard(me)
         with self._lock:
-            self._loader = None
             if self._is_loaded:
                 return
             for name, plugin in plugins.items():
                 try:
-                    self._opened().add(plugin, name)
+                    self._installed.append(self._opened().add(plugin, name))
                 except PluginError as error:
                     broken[name] = error
             self._broken = broken
@@ -151,6 +152,18 @@ class Hooks:
             self._refresh()
         for text in [*map(str, broken.values()), *self._registry.catalog.problems]:
             warn_user(f"{text} It is left out.", PluginWarning)
+
+    def reload(self) -> None:
+        """Forget the plugins of distributions, and load those that are there now if they had been loaded."""
+        with self._lock:
+            was_loaded, self._is_loaded = self._is_loaded, False
+            for name in self._installed:
+                if self._manager is not None:
+                    self._manager.remove(name)
+            self._installed, self._broken = [], {}
+            self._refresh()
+        if was_loaded:
+            self.load()
 
     @property
     def broken(self) -> dict[str, PluginError]:
@@ -187,7 +200,6 @@ class Hooks:
             self.trace_opened = manager.observer("nnsight_trace_opened")
             self.run_started = manager.observer("nnsight_run_started")
             self.run_ended = manager.run_ended_observer()
-        self.generation += 1
 
     def _implementations(self, hook: str) -> Sequence[Implementation]:
         self.load()

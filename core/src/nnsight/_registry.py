@@ -60,7 +60,7 @@ class Registry:
         return self._catalog
 
     def refresh(self) -> None:
-        """Forget the scan and every loaded object: distributions or the environment have changed."""
+        """Forget the scan and every loaded object."""
         with self._lock:
             self._catalog = None
             self._loaded.clear()

@@ -14,11 +14,14 @@ used. `NNSIGHT_PLUGINS_DISABLE=a,b` and `NNSIGHT_PLUGINS_ALLOW=a,b` choose which
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from nnsight._hooks import Hooks
 from nnsight._registry import Registry, nearest
 from nnsight.errors import UnknownPluginError
+
+_MODELING = "nnsight.modeling."
 
 registry = Registry()
 hooks = Hooks(registry)
@@ -26,9 +29,28 @@ hooks = Hooks(registry)
 names = registry.names
 serves = registry.serves
 resolve = registry.resolve
-refresh = registry.refresh
 register = hooks.register
 unregister = hooks.unregister
+
+
+_exported: set[str] = set()
+
+
+def refresh() -> None:
+    """Read the installed distributions again: they have changed, or the environment variables that choose among them.
+
+    Every object and hook that came from one is forgotten, also as a name of `nnsight` and a module of
+    `nnsight.modeling`, and looked up again when it is needed. Plugins that were registered by hand stay.
+    """
+    registry.refresh()
+    package = vars(sys.modules["nnsight"])
+    for name in _exported:
+        package.pop(name, None)
+    _exported.clear()
+    for name in [name for name in sys.modules if name.startswith(_MODELING)]:
+        del sys.modules[name]
+        vars(sys.modules[_MODELING[:-1]]).pop(name.removeprefix(_MODELING), None)
+    hooks.reload()
 
 
 def lookup(group: str, name: str) -> Any | None:
@@ -61,7 +83,9 @@ def exported(name: str) -> Any:
         PluginError: its plugin cannot be loaded, or several claim the name.
     """
     try:
-        return resolve("nnsight.exports", name)
+        found = resolve("nnsight.exports", name)
+        _exported.add(name)
+        return found
     except UnknownPluginError:
         import nnsight
 
