@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nnsight._frames import hide
+from nnsight._wrappable import check_module
 from nnsight.capture.callsite import is_with_item
 from nnsight.errors import NoInputError, PluginError, WrapError
 from nnsight.joint.batching import Batch
@@ -163,7 +164,9 @@ class NNsight(Envoy):
     dispatched: Any = True
 
     def __init__(self, module: nn.Module, rename: Any = None, envoys: Any = None, strict_rename: bool = False) -> None:
-        _check_module(module)
+        if isinstance(module, kernel.Envoy):
+            raise WrapError(f"`{module.path}` is wrapped already; use it as it is, or wrap its `._module`.")
+        check_module(module)
         if rename or envoys:
             from nnsight import plugins  # lazy: names are given by a plugin
 
@@ -270,23 +273,6 @@ def _mount_gradients() -> None:
         gradients = plugins.lookup("nnsight.tracer", "backward")
         if gradients is not None:
             gradients.mount()
-
-
-def _check_module(module: object) -> None:
-    if isinstance(module, kernel.Envoy):
-        raise WrapError(f"`{module.path}` is wrapped already; use it as it is, or wrap its `._module`.")
-    if not isinstance(module, nn.Module):
-        raise WrapError(
-            f"Only a torch.nn.Module can be wrapped, not {type(module).__name__!r}. For the name of a model on the "
-            "Hugging Face hub use nnsight.LanguageModel."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise WrapError(
-            f"{type(module).__name__} was compiled by torch.jit: its parts never pass through Python, so they cannot "
-            "be seen. Wrap the module that it was made from."
-        )
-    if isinstance(module, nn.DataParallel):
-        raise WrapError("nn.DataParallel copies the model for every call; wrap its `.module` instead.")
 
 
 _MIRROR = (
