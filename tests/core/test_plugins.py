@@ -166,6 +166,22 @@ def test_a_second_copy_later_on_the_path_is_not_a_conflict(site, tmp_path):
     assert out == "('Thing',) alpha 1.0"
 
 
+def test_a_second_copy_that_serves_the_same_is_not_a_conflict_either(site, tmp_path):
+    info = site.add("alpha", {"nnsight.exports": {"Thing": "alpha_module:Thing"}}, {"alpha_module": CLASS})
+    older = tmp_path / "older" / "alpha-0.5.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: Alpha\nVersion: 0.5\n")
+    (older / "entry_points.txt").write_text((info / "entry_points.txt").read_text())
+    out = site.run(
+        f"""
+        import sys; sys.path.append({str(tmp_path / "older")!r})
+        from nnsight import plugins
+        print(plugins.registry.entry("nnsight.exports", "Thing").origin)
+        """
+    )
+    assert out == "alpha 1.0"
+
+
 def test_distributions_with_unreadable_metadata_do_not_stop_the_scan(site):
     site.add("alpha", {"nnsight.exports": {"Thing": "alpha_module:Thing"}}, {"alpha_module": CLASS})
     torn = site.add("torn", {})

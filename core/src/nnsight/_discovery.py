@@ -64,12 +64,16 @@ def scan() -> tuple[list[Entry], list[str]]:
     """
     found: dict[Entry, None] = {}
     problems = []
+    seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
         text = _entry_points_text(distribution)
         if "nnsight" not in text:
             continue  # reading the names of all distributions would cost most of the scan
         try:
-            found.update(dict.fromkeys(_entries_of(distribution, text)))
+            name = normalise(distribution.metadata["Name"])
+            if name not in seen and not _is_shadowed(name, text):
+                found.update(dict.fromkeys(_entries_of(distribution, name)))
+            seen.add(name)
         except Exception as error:  # noqa: BLE001 - one damaged installation must not take the others with it
             why = f"{type(error).__name__}: {error}"
             problems.append(f"a distribution cannot be read ({why}), its entry points being {text!r:.200}.")
@@ -83,13 +87,11 @@ def _entry_points_text(distribution: importlib.metadata.Distribution) -> str:
         return ""
 
 
-def _entries_of(distribution: importlib.metadata.Distribution, text: str) -> Iterator[Entry]:
-    name, version = distribution.metadata["Name"], distribution.version
-    if _is_shadowed(name, text):
-        return
+def _entries_of(distribution: importlib.metadata.Distribution, name: str) -> Iterator[Entry]:
+    version = distribution.version
     for point in distribution.entry_points:
         if point.group in GROUPS:
-            yield Entry(point.group, point.name, point.value, normalise(name), version, point)
+            yield Entry(point.group, point.name, point.value, name, version, point)
 
 
 def _is_shadowed(name: str, text: str) -> bool:

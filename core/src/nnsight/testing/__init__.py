@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nnsight.testing._lazy import LazyConformance as LazyConformance
+    from nnsight.testing._loading import LoadedPlugin as LoadedPlugin
+    from nnsight.testing._loading import loaded_plugin as loaded_plugin
     from nnsight.testing._model import Given as Given
     from nnsight.testing._model import given as given
     from nnsight.testing._steps import StepsConformance as StepsConformance
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Given": "_model",
     "LazyConformance": "_lazy",
+    "LoadedPlugin": "_loading",
     "ModelConformance": "models",
     "StepsConformance": "_steps",
     "changed": "_suite",
     "dropped": "_suite",
     "given": "_model",
+    "loaded_plugin": "_loading",
     "reasons": "_suite",
 }
 # Their assertions explain themselves as those of a test file do.
