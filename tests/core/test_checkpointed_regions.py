@@ -142,3 +142,50 @@ def test_a_value_edited_between_the_region_and_backward_is_an_error():
         loss = model.output.sum()
     with pytest.raises(nnsight.errors.RecomputeError, match="edited in place since"):
         loss.backward()
+
+
+@pytest.mark.parametrize("edit", FORM_EDITS)
+def test_a_scan_of_a_region(use_reentrant, edit):
+    net = seeded(Calls, lambda self, x: self.c(FORMS["argument"](self, self.a(x), {"use_reentrant": use_reentrant})))
+    model = nnsight.NNsight(net)
+    with model.scan(rows()):
+        FORM_EDITS[edit](model)
+        shape = nnsight.save(model.output.shape)
+    assert shape == (2, WIDTH)
+    assert_usable(model, net, rows())
+
+
+class Sparse(torch.nn.Module):
+    def forward(self, x):
+        return x.to_sparse()
+
+
+def test_values_without_memory_of_their_own(use_reentrant):
+    def region(self, x):
+        return self.sparse(self.b(x)).to_dense()
+
+    def through(self, x):
+        return self.c(checkpoint(functools.partial(region, self), self.a(x), use_reentrant=use_reentrant))
+
+    found = []
+    for is_traced in (False, True):
+        net = seeded(Calls, through)
+        net.sparse = Sparse()
+        if is_traced:
+            model = nnsight.NNsight(net)
+            with model.trace(rows()):
+                value = model.sparse.output
+                assert value.layout is torch.sparse_coo
+                loss = model.output.sum()
+        else:
+            loss = net(rows()).sum()
+        loss.backward()
+        found.append(parameter_gradients(net))
+    assert close(*found)
+    meta = seeded(Calls, through).to("meta")
+    meta.sparse = torch.nn.Identity()
+    meta.function = lambda self, x: checkpoint(self.b, self.a(x), use_reentrant=use_reentrant)
+    model = nnsight.NNsight(meta)
+    with model.trace(rows().to("meta")):
+        model.b.output *= 2
+        assert model.output.shape == (2, WIDTH)

@@ -161,9 +161,12 @@ def mount() -> None:
 
 
 def _traced_run() -> Any:
-    """Return the run (or what stands in for it) whose model side the calling code is."""
+    """Return the run (or what stands in for it) whose model side the calling code is; None for a scan, too."""
     run = current_run.get()
-    return run if run is not None and run.tree is not None and run.thread == _get_ident() else None
+    if run is None or run.tree is None or run.thread != _get_ident():
+        return None
+    is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return None if is_fake else run
 
 
 def _captured(recompute: Callable[..., None], arguments: Sequence[Any]) -> list[torch.Tensor]:

@@ -146,14 +146,20 @@ class Recorder:
         leaves = leaves_of(value)
         self._note(visit, leaves)
         counts, random = list(run.counts), _random_state()
-        versions = [(tensor, tensor._version, origin) for tensor, origin in self._origins.values()]
+        origins = list(self._origins.values())
+        versions = [tensor._version for tensor, _ in origins]
+        # An edit past autograd, as of `.data` or of an array, leaves the version as it was.
+        copies = [(one, one.detach().clone()) for one in leaves if id(one) in self._origins and _is_dense(one)]
         new = self._serve(number, value)
         change = Change()
-        for tensor, version, origin in versions:
-            if tensor._version != version:
+        edited = {_memory_of(leaf) for leaf, copy in copies if not torch.equal(leaf, copy)}
+        edited |= {_memory_of(one) for (one, _), was in zip(origins, versions, strict=True) if one._version != was}
+        for tensor, origin in origins:
+            if _memory_of(tensor) in edited:
                 change.edits.append((origin, Snapshot(tensor)))
-                weak = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-                self._edited.setdefault(_memory_of(tensor), weak)
+                if _is_dense(tensor):
+                    weak = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                    self._edited.setdefault(weak.cdata, weak)
         after = leaves_of(new)
         if new is not value or len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
             change.value = (self._described(new),)
@@ -321,15 +327,21 @@ def _origins_in(change: Change) -> Iterator[Origin]:
 
 def _keep_saved(frame: Any, edited: torch.Tensor) -> None:
     """Give what torch has saved of this tensor a copy of its own: it was saved before the edit, and stays as it was."""
-    storage = edited.untyped_storage().data_ptr()
+    memory = _memory_of(edited)
     for saved in frame.recomputed.values() if frame is not None else ():
         for handle, tensor in list(saved.items()):
-            if tensor.untyped_storage().data_ptr() == storage:
+            if _memory_of(tensor) == memory:
                 saved[handle] = tensor.clone()
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has memory of its own that can be looked at."""
+    return tensor.layout is torch.strided and tensor.device.type != "meta"
+
+
 def _memory_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+    """Return what tells the memory of a tensor from that of others."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else -id(tensor)
 
 
 def _random_state() -> list[torch.Tensor]:
