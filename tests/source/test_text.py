@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import linecache
 import sys
@@ -22,19 +23,44 @@ class Base(nn.Module):
         return torch.relu(x) + 1
 
 
-def test_traceback_shows_the_users_line():
-    class Fails(nn.Module):
-        def forward(self, x):
-            x = torch.relu(x)
-            return torch.matmul(x, x)  # this line
+def failing(x):
+    y = torch.relu(x)
+    return torch.matmul(y, x)  # this line of a function
 
-    model = NNsight(Fails())
-    with pytest.raises(RuntimeError) as raised:
+
+class Fails(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        x = torch.relu(x)
+        return self.function(x, x)  # this line of the forward
+
+
+def test_last_line_of_a_traceback_is_the_models():
+    model = NNsight(Fails(torch.matmul))
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised:
         with model.trace(X):
             model.source.torch_relu_0.output
-    frames = traceback.extract_tb(raised.value.__traceback__)
-    (frame,) = [frame for frame in frames if frame.name == "forward" and frame.filename == __file__]
-    assert frame.line.endswith("# this line")
+    last = traceback.extract_tb(raised.value.__traceback__)[-1]
+    assert (last.name, last.filename) == ("forward", __file__)
+    assert last.line.endswith("# this line of the forward")
+
+
+def test_last_lines_of_a_traceback_in_a_function_below_are_the_models():
+    net = Fails(None)
+    net.forward = functools.partial(below, failing)
+    model = NNsight(net)
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised:
+        with model.trace(X):
+            model.source.function_0.source.torch_relu_0.output
+    lines = [entry.line for entry in traceback.extract_tb(raised.value.__traceback__)[-2:]]
+    assert lines == ["return function(x)  # this line below", "return torch.matmul(y, x)  # this line of a function"]
+
+
+def below(function, x):
+    return function(x)  # this line below
 
 
 def test_code_without_source_says_so():

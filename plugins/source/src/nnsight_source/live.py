@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -17,8 +17,9 @@ from nnsight import Interleaver, current_run
 from nnsight_source.errors import SourceError
 from nnsight_source.peel import peel
 from nnsight_source.place import Anchor, stand_in
-from nnsight_source.rewrite import CALL, OPERATORS, VALUE, known_rewritten
+from nnsight_source.rewrite import OPERATORS, known_rewritten
 from nnsight_source.spots import Rewritten
+from nnsight_source.syntax import CALL, VALUE
 
 _operator_cells = {name: CellType(function) for name, function in OPERATORS.items()}
 
@@ -110,6 +111,26 @@ def _make_visits(
     return call, value
 
 
+_VISITS = frozenset(code for code in _make_visits.__code__.co_consts if isinstance(code, CodeType))
+
+
+def _without_visits(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward whose errors do not show what its operations pass through: the last line is the model's."""
+
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except BaseException as error:
+            entry = error.__traceback__
+            while entry is not None:
+                while entry.tb_next is not None and entry.tb_next.tb_frame.f_code in _VISITS:
+                    entry.tb_next = entry.tb_next.tb_next
+                entry = entry.tb_next
+            raise
+
+    return shown
+
+
 def _look_into(lives: list[Live], function: Any) -> Any:
     """Return a callable with its function rewritten, if it is one that is looked into."""
     if isinstance(function, nn.Module):
@@ -146,7 +167,7 @@ class _Table:
         self._modules.append((module, around, live.first))
         anchor = Anchor(module)
         inner, rebuild = peel(anchor.value)
-        self.forwards[id(module)] = anchor.bind(rebuild(live.around(inner)))
+        self.forwards[id(module)] = _without_visits(anchor.bind(rebuild(live.around(inner))))
         self._leaving.append(stand_in(anchor, _forward_in_run))
         return live
 

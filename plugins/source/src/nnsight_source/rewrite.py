@@ -13,13 +13,13 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 from nnsight.protocols import PerCode
+from nnsight_source.assign import assign, assign_in_place
 from nnsight_source.spots import Rewritten, Spot
+from nnsight_source.syntax import CALL, GETITEM, SLICE, VALUE, at, bound_name, call, called_name, dotted, index_of, load
 from nnsight_source.text import MARK, Function, compile_function, read
-
-CALL, VALUE = MARK + "call", MARK + "value"
 
 _OPERATORS: dict[type[ast.AST], tuple[str, Callable[..., Any]]] = {
     ast.Add: ("add", operator.add), ast.Sub: ("sub", operator.sub), ast.Mult: ("mul", operator.mul),
@@ -31,8 +31,20 @@ _OPERATORS: dict[type[ast.AST], tuple[str, Callable[..., Any]]] = {
     ast.Lt: ("lt", operator.lt), ast.LtE: ("le", operator.le), ast.Gt: ("gt", operator.gt),
     ast.GtE: ("ge", operator.ge), ast.Eq: ("eq", operator.eq), ast.NotEq: ("ne", operator.ne),
 }  # fmt: skip
-#: What the rewritten code finds in its closure under the names of operators.
-OPERATORS = {MARK + name: function for name, function in _OPERATORS.values()}
+
+
+def _own(names: Any) -> Any:
+    """Return what `locals()` and the like give without the names that rewriting has added."""
+    if isinstance(names, dict):
+        return {name: value for name, value in names.items() if not str(name).startswith(MARK)}
+    return [name for name in names if not str(name).startswith(MARK)] if isinstance(names, list) else names
+
+
+#: What the rewritten code finds in its closure, besides what its operations pass through.
+OPERATORS: dict[str, Callable[..., Any]] = {
+    **{MARK + name: function for name, function in _OPERATORS.values()},
+    GETITEM: operator.getitem, SLICE: slice, MARK + "own": _own,
+}  # fmt: skip
 _OWN = frozenset({CALL, VALUE, *OPERATORS})
 
 # These look at the frame that calls them, so they are called where they stand; only their result passes through.
@@ -40,8 +52,8 @@ _OF_THE_FRAME = frozenset({
     "super", "locals", "globals", "vars", "dir", "eval", "exec", "sys._getframe", "inspect.currentframe",
     "inspect.stack", "warnings.warn",
 })  # fmt: skip
+_NAMES_OF_THE_FRAME = frozenset({"locals", "vars", "dir"})
 
-Node = TypeVar("Node", bound=ast.expr | ast.stmt)
 _known: PerCode[Rewritten] = PerCode()
 
 
@@ -115,19 +127,22 @@ class _Rewriter(ast.NodeTransformer):
         # The value of an operation is that of what was noted last: operations are noted after what is inside them.
         is_made = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == CALL
         spot = self._note(kind, base, place, given=self.spots[-1].input if is_made else -1)
-        return _call(value, VALUE, spot.output, [value])
+        return call(value, VALUE, spot.output, [value])
 
     # -- expressions -------------------------------------------------------------------------------------------------
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        callee = _dotted(node.func)
+        callee = dotted(node.func)
         self.generic_visit(node)
-        name = _name(node.func)
+        name = called_name(node.func)
         if callee in _OF_THE_FRAME:
             spot = self._note("call", name, node, callee)
-            return _call(node, VALUE, spot.output, [node])
+            found: ast.expr = node
+            if callee in _NAMES_OF_THE_FRAME and not node.args:
+                found = at(node, ast.Call(func=load(node, MARK + "own"), args=[node], keywords=[]))
+            return call(node, VALUE, spot.output, [found])
         spot = self._note("call", name, node, callee, has_input=True)
-        return _call(node, CALL, spot.input, [node.func, *node.args], node.keywords)
+        return call(node, CALL, spot.input, [node.func, *node.args], node.keywords)
 
     def _operator(self, node: ast.expr, kind: ast.AST, operands: list[ast.expr]) -> ast.expr:
         known = _OPERATORS.get(type(kind))
@@ -142,7 +157,7 @@ class _Rewriter(ast.NodeTransformer):
             operands = [node.left, *node.comparators]
         elif isinstance(node, ast.UnaryOp):
             operands = [node.operand]
-        return _call(node, CALL, spot.input, [_at(node, ast.Name(MARK + known[0], ast.Load())), *operands])
+        return call(node, CALL, spot.input, [load(node, MARK + known[0]), *operands])
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         return self._operator(node, node.op, [node.left, node.right])
@@ -160,9 +175,11 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         self.generic_visit(node)
-        if isinstance(node.ctx, ast.Load):
-            return self._value("operator", "getitem", node, node)
-        return node
+        if not isinstance(node.ctx, ast.Load):
+            return node
+        spot = self._note("operator", "getitem", node, has_input=True)
+        operands = [load(node, GETITEM), node.value, index_of(node.slice)]
+        return call(node, CALL, spot.input, operands)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> ast.expr:
         node.value = self.visit(node.value)
@@ -206,34 +223,25 @@ class _Rewriter(ast.NodeTransformer):
 
     # -- statements --------------------------------------------------------------------------------------------------
 
-    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+    def visit_Assign(self, node: ast.Assign) -> list[ast.stmt]:
         self.generic_visit(node)
-        if len(node.targets) == 1 and not isinstance(node.targets[0], ast.Tuple | ast.List):
-            node.value = self._value("variable", _name(node.targets[0]), node.value, node)
-            return node
-        bound = [name for target in node.targets for name in _names(target)]
-        return [node, *(self._again(name, node) for name in bound)]
+        return assign(node, self._pass(node))
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
         node.target = self.visit(node.target)
         if node.value is not None:
-            node.value = self.visit(node.value)
-            node.value = self._value("variable", _name(node.target), node.value, node)
+            node.value = self._pass(node)(bound_name(node.target), self.visit(node.value))
         return node
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt | list[ast.stmt]:
+    def visit_AugAssign(self, node: ast.AugAssign) -> list[ast.stmt]:
         self.generic_visit(node)
-        return [node, self._again(node.target, node)] if _dotted(node.target) else node
+        return assign_in_place(node, self._pass(node))
 
-    def _again(self, target: ast.expr, node: ast.stmt) -> ast.stmt:
-        """Return `target = @value(n, target)`, to stand after the statement that binds it."""
-        read, written = _copy(target, ast.Load()), _copy(target, ast.Store())
-        value = self._value("variable", _name(target), read, node)
-        again: ast.stmt = _at(node, ast.Assign(targets=[written], value=value))
-        return again
+    def _pass(self, node: ast.stmt) -> Callable[[str, ast.expr], ast.expr]:
+        return lambda base, value: self._value("variable", base, value, node)
 
     def visit_Return(self, node: ast.Return) -> ast.stmt:
-        value: ast.expr = _at(node, ast.Constant(value=None)) if node.value is None else self.visit(node.value)
+        value: ast.expr = at(node, ast.Constant(value=None)) if node.value is None else self.visit(node.value)
         if self._depth:
             node.value = value
             return node
@@ -320,57 +328,3 @@ class _Rewriter(ast.NodeTransformer):
             else:
                 found.append(new)
         return found
-
-
-def _dotted(node: ast.expr) -> str:
-    """Return the dotted path that an expression is, "" when it is none."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else ""
-
-
-def _name(node: ast.expr) -> str:
-    """Return the base of the name of what is called or bound: the attributes after the last thing that has no name."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    if isinstance(node, ast.Name):
-        names.append(node.id)
-    elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
-        names += ["item", _name(node.value)]
-    return "_".join(reversed(names)) or "unknown"
-
-
-def _names(target: ast.expr) -> list[ast.Name]:
-    """Return the plain names that a target binds."""
-    if isinstance(target, ast.Tuple | ast.List):
-        return [name for element in target.elts for name in _names(element)]
-    if isinstance(target, ast.Starred):
-        return _names(target.value)
-    return [target] if isinstance(target, ast.Name) else []
-
-
-def _copy(target: ast.expr, context: ast.expr_context) -> ast.expr:
-    if isinstance(target, ast.Attribute):
-        new: ast.expr = ast.Attribute(_copy(target.value, ast.Load()), target.attr, context)
-    else:
-        assert isinstance(target, ast.Name)
-        new = ast.Name(target.id, context)
-    return _at(target, new)
-
-
-def _call(
-    place: ast.expr, name: str, number: int, args: list[ast.expr], keywords: Sequence[ast.keyword] = ()
-) -> ast.expr:
-    function = _at(place, ast.Name(name, ast.Load()))
-    index = _at(place, ast.Constant(value=number))
-    return _at(place, ast.Call(func=function, args=[index, *args], keywords=list(keywords)))
-
-
-def _at(place: ast.expr | ast.stmt, node: Node) -> Node:
-    node.lineno, node.col_offset = place.lineno, place.col_offset
-    node.end_lineno, node.end_col_offset = place.end_lineno, place.end_col_offset
-    return node

@@ -76,7 +76,9 @@ class Site:
     def of_module(cls, envoy: Envoy) -> Site:
         """Return the site of a module's forward."""
         module = envoy._module
-        return cls(envoy, peel(Anchor(module).value)[0], module)
+        anchor = Anchor(module)
+        function = peel(anchor.value)[0]
+        return cls(envoy, function, _owner(anchor.value, None if anchor.name else module))
 
     def enter(self, spot: Spot, port: str) -> tuple[Mediator, int]:
         """Return the block that a request belongs to, and the number of the function's first location in its run.
@@ -201,7 +203,7 @@ class Site:
                     return Site.of_module(envoy)
             raise SourceError(f"`{path}` calls a module that is not in the model, so it cannot be looked into.")
         inner, _ = peel(target)
-        return Site(self.envoy, inner, _owner(target, inner), (self, spot))
+        return Site(self.envoy, inner, _owner(target), (self, spot))
 
     def _resolve(self, spot: Spot) -> Any:
         """Return what the called path means where the function is defined, without calling anything."""
@@ -225,8 +227,10 @@ class Site:
         return found
 
 
-def _owner(target: Any, inner: FunctionType) -> Any:
-    """Return what a callable passes to its function as the first argument."""
+def _owner(target: Any, instance: Any = None) -> Any:
+    """Return what a callable gives its function as the first argument; a function of a class that is `instance`."""
     if isinstance(target, MethodType):
         return target.__self__
-    return None if isinstance(target, FunctionType | partial) else target
+    if isinstance(target, FunctionType):
+        return instance
+    return None if isinstance(target, partial | staticmethod | classmethod) else target

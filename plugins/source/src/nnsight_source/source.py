@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from nnsight import NotInTreeError
 from nnsight_source.errors import SourceError
@@ -58,7 +58,21 @@ class Group:
             )
         return Operation(self._site, spot)
 
-    def __getitem__(self, key: int | str) -> Operation:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(
+                f"`{self._site.path}.{name}` cannot be assigned to: assign to its `.output`, or to its `.input` or "
+                "`.inputs` before it runs."
+            )
+        object.__setattr__(self, name, value)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Operation: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Operation]: ...
+    def __getitem__(self, key: int | str | slice) -> Operation | list[Operation]:
+        if isinstance(key, slice):
+            return list(self)[key]
         if isinstance(key, str):
             try:
                 return self.__getattr__(key)

@@ -136,10 +136,15 @@ def _imported(code: CodeType) -> set[str]:
 
 def _named(code: CodeType, name: str, old: str, new: str) -> CodeType:
     """Return code with the name that it should have, and what is defined in it named accordingly."""
-    constants = tuple(
-        _named(constant, constant.co_name, old, new) if isinstance(constant, CodeType) else constant
-        for constant in code.co_consts
-    )
+
+    def renamed(constant: object) -> object:
+        if isinstance(constant, CodeType):
+            return _named(constant, constant.co_name, old, new)
+        # The body of a class sets `__qualname__`. No other text holds a name like ours.
+        is_name = isinstance(constant, str) and constant.startswith(f"{old}.")
+        return f"{new}{constant.removeprefix(old)}" if is_name else constant  # type: ignore[attr-defined]
+
+    constants = tuple(map(renamed, code.co_consts))
     return code.replace(co_name=name, co_qualname=new + code.co_qualname.removeprefix(old), co_consts=constants)
 
 
