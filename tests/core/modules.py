@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -16,34 +15,16 @@ from torch import nn
 
 from nnsight.kernel import blocks
 from nnsight.kernel.controller import SLOT
-
-WIDTH = 8
-
-
-class Block(nn.Module):
-    def __init__(self, width=WIDTH):
-        super().__init__()
-        self.attn = nn.Linear(width, width)
-        self.mlp = nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.mlp(torch.relu(self.attn(x)))
-
-
-class Net(nn.Module):
-    """Blocks in a row and a head, as language models have them."""
-
-    def __init__(self, blocks=3, width=WIDTH):
-        super().__init__()
-        self.emb = nn.Linear(width, width)
-        self.h = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.lm_head = nn.Linear(width, 2 * width, bias=False)
-
-    def forward(self, x):
-        x = self.emb(x)
-        for block in self.h:
-            x = block(x)
-        return self.lm_head(x)
+from nnsight.testing.tiny import WIDTH as WIDTH
+from nnsight.testing.tiny import Answer as Answer
+from nnsight.testing.tiny import Answering as Answering
+from nnsight.testing.tiny import Block as Block
+from nnsight.testing.tiny import Mapping as Mapping
+from nnsight.testing.tiny import Net as Net
+from nnsight.testing.tiny import Pair as Pair
+from nnsight.testing.tiny import Structured as Structured
+from nnsight.testing.tiny import rows as rows
+from nnsight.testing.tiny import seeded as seeded
 
 
 class Calls(nn.Module):
@@ -56,52 +37,6 @@ class Calls(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.function(self, *args, **kwargs)
-
-
-class Pair(nn.Module):
-    def forward(self, x):
-        return x + 1, x * 2
-
-
-class Mapping(nn.Module):
-    def forward(self, x):
-        return {"hidden": x + 1, "extra": (x * 2,)}
-
-
-@dataclass
-class Answer:
-    logits: torch.Tensor
-    hidden: tuple
-
-
-class Answering(nn.Module):
-    def forward(self, x):
-        return Answer(x + 1, (x, x * 2))
-
-
-class Structured(nn.Module):
-    """Passes tuples, dicts and dataclasses between its parts."""
-
-    def __init__(self):
-        super().__init__()
-        self.pair, self.mapping, self.answering = Pair(), Mapping(), Answering()
-
-    def forward(self, x):
-        left, right = self.pair(x)
-        mapped = self.mapping(left + right)
-        answer = self.answering(mapped["hidden"] + mapped["extra"][0])
-        return answer.logits + answer.hidden[1]
-
-
-def seeded(kind, *args, seed=0, **kwargs):
-    """Make a module whose weights depend on the seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return kind(*args, **kwargs)
-
-
-def rows(seed=0, n=2, width=WIDTH):
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
 def plain(module, *args, edit=None, **kwargs):

@@ -7,12 +7,12 @@ import textwrap
 
 import pytest
 import torch
-from modules import Net, rows, seeded
 
 import nnsight
 from nnsight import NNsight, PluginConflictError, PluginError, UnknownPluginError, plugins
 from nnsight.testing import loaded_plugin
 from nnsight.testing.fixtures import load_plugin as load_plugin
+from nnsight.testing.tiny import Net, rows, seeded
 
 PROJECT = """
     [project]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from modules import WIDTH, Net, Structured, rows, seeded
 from torch import nn
 
 from nnsight.testing import ModelConformance, given
+from nnsight.testing.tiny import WIDTH, Net, Structured, rows, seeded
 
 
 class TestNet(ModelConformance):

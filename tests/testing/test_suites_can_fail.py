@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from modules import WIDTH, Net, rows, seeded
 from torch import nn
 
 from nnsight import BatchError, NNsight, traceable
 from nnsight.protocols import Inputs
 from nnsight.testing import LazyConformance, ModelConformance, StepsConformance
+from nnsight.testing.tiny import WIDTH, Net, Repeats, Stepping, repeat, rows, seeded
 
 REPEATED = "test_a_run_of_the_bare_module_can_be_repeated"
 EVERY_JOINT = {
@@ -249,29 +249,6 @@ def test_inputs_that_are_alike():
 
 
 # -- steps
-
-
-class Stepping(nn.Module):
-    """Feeds what it gives back to itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-def repeat(module, x, times):
-    for _ in range(times):
-        x = module(x)
-    return x
-
-
-class Repeats(NNsight):
-    @traceable
-    def repeat(self, x, times):
-        return repeat(self._module, x, times)
 
 
 class OfRepeats(OfNet, StepsConformance):
