@@ -189,6 +189,7 @@ class Operation:
     @property
     def input(self) -> Any:
         """The first argument passed, positional or by keyword. Only inside a block."""
+        self._input("input")
         args, kwargs = self.inputs
         if args:
             return args[0]
@@ -198,6 +199,7 @@ class Operation:
 
     @input.setter
     def input(self, value: Any) -> None:
+        self._input("input")
         args, kwargs = self.inputs
         if args or not kwargs:
             self.inputs = ((value, *args[1:]), kwargs)
