@@ -101,7 +101,7 @@ class Block:
     def where(self) -> str:
         return f"{self.filename}:{self.node.lineno}"
 
-    @property
+    @functools.cached_property
     def target(self) -> Any:
         """What `as` binds: a name, a list of targets where it unpacks, None for anything else."""
         return _target(self.node.items[self.item].optional_vars, self.owner)

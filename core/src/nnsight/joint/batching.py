@@ -46,11 +46,12 @@ class Joint:
         self.args = args
         self.kwargs = kwargs
         self.rows = rows
+        #: Visits of outputs that are made of nothing of the batch, until somebody who asked for one meets it.
+        self.without_rows: set[tuple[int, int]] = set()
         self._tables = tables
         self._visit: tuple[int, int] | None = None
         self._copies: dict[int, torch.Tensor] = {}
         self._watched: set[tuple[int, int]] = set()
-        self._without_rows: set[tuple[int, int]] = set()
         self._kept: list[torch.Tensor] = []
 
     def is_table(self, tensor: torch.Tensor) -> bool:
@@ -77,12 +78,12 @@ class Joint:
     def _note(self, number: int, occurrence: int, given: Any) -> None:
         """Note what an output is made of: without rows of the batch in that, there are none in the output."""
         if not _may_hold_rows(given, self):
-            self._without_rows.add((number, occurrence))
+            self.without_rows.add((number, occurrence))
 
     def meet(self, number: int, occurrence: int, value: Any) -> None:
         """Take the tensors of a value for tables, if it is known that they have no rows of the batch."""
-        if (number, occurrence) in self._without_rows:
-            self._without_rows.remove((number, occurrence))
+        if (number, occurrence) in self.without_rows:
+            self.without_rows.remove((number, occurrence))
             transform(value, self._keep)
 
     def _keep(self, leaf: Any) -> Any:
@@ -104,7 +105,6 @@ class Joint:
         return new
 
 
-@dataclasses.dataclass(frozen=True)
 class Batch:
     """The rows of one block.
 
@@ -113,9 +113,10 @@ class Batch:
         joint: what it shares with the other blocks.
     """
 
-    start: int
-    size: int
-    joint: Joint
+    __slots__ = ("joint", "size", "start")
+
+    def __init__(self, start: int, size: int, joint: Joint) -> None:
+        self.start, self.size, self.joint = start, size, joint
 
     def slice_of(self, tensor: torch.Tensor) -> slice | None:
         """Return which slice of dim 0 is this block's; None when the rows are not those of the batch."""
@@ -130,13 +131,13 @@ class Batch:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             rows = self.slice_of(leaf)
-            if rows is None:
-                is_versioned = not leaf.is_inference()
-                unsplit.append((leaf, leaf._version if is_versioned else 0, None if is_versioned else leaf.clone()))
-                return leaf
-            return leaf[rows]
+            if rows is not None:
+                return leaf[rows]
+            is_versioned = not leaf.is_inference()
+            unsplit.append((leaf, leaf._version if is_versioned else 0, None if is_versioned else leaf.clone()))
+            return leaf
 
-        return transform(value, view)
+        return view(value) if isinstance(value, torch.Tensor) else transform(value, view)
 
     def splice(self, whole: Any, part: Any, seen: Any, visit: tuple[int, int], where: str) -> Any:
         """Return the joint value with this block's rows replaced by `part`; itself when nothing is new.
@@ -234,20 +235,27 @@ class Watch(Mediator):
         self.close()
 
 
+class _Found(BaseException):
+    """Ends a search."""
+
+
 def _may_hold_rows(value: Any, joint: Joint) -> bool:
     """Return whether rows of the batch may be in a value: what it holds besides tensors and constants may have them."""
-    found: list[bool] = []
 
     def look(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             # In any dim, and any number of times: a module may turn its input around, or fold rows into another dim.
-            found.append(any(not size % joint.total for size in leaf.shape) and not joint.is_table(leaf))
-        else:
-            found.append(not isinstance(leaf, _CONSTANT))
+            if any(not size % joint.total for size in leaf.shape) and not joint.is_table(leaf):
+                raise _Found
+        elif not isinstance(leaf, _CONSTANT):
+            raise _Found
         return leaf
 
-    transform(value, look)
-    return any(found)
+    try:
+        transform(value, look)
+    except _Found:
+        return True
+    return False
 
 
 class PartialSkip(Deferred):

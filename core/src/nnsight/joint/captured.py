@@ -132,7 +132,7 @@ class CapturedMediator(Mediator):
     def read(self, number: int) -> Any:
         batch = self.batch
         if batch is None:
-            return super().read(number)
+            return Mediator.read(self, number)
         run = self._at_rows(number, batch)
         last, visit = self._last, run.counts[number]
         if last is not None and last[0] == number and last[1] == visit and last[2] is run.value:
@@ -176,7 +176,8 @@ class CapturedMediator(Mediator):
         if run is not None:
             joint.watch(run, number, run.count(number) if self.step is None else self.step)
         run = self.standing_at(number)
-        joint.meet(number, run.counts[number] - 1, run.value)
+        if joint.without_rows:
+            joint.meet(number, run.counts[number] - 1, run.value)
         return run
 
     def _hand_in(self) -> None:

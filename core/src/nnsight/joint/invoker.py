@@ -100,8 +100,10 @@ class Invoker(Capture):
     def _previous(self, frame: FrameType) -> Scope | None:
         if not CONFIG.APP.CROSS_INVOKER:
             return None
-        scopes = (block.scope for block, _ in reversed(self._invokes.entries))
-        return next((scope for scope in scopes if scope.frame is frame), None)
+        for block, _ in reversed(self._invokes.entries):
+            if block.scope.frame is frame:
+                return block.scope
+        return None
 
     def _captured(self, block: CapturedBlock) -> None:
         self._invokes.entries.append((block, self.inputs))

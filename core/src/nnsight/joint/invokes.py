@@ -34,6 +34,7 @@ class Invokes:
 
     def __init__(self, envoy: Envoy, method: str, function: Callable[..., Any], batched: bool) -> None:
         self._envoy: Envoy | None = envoy
+        self._root: Envoy | None = envoy._traced_root()
         self._method = method
         self._function: Callable[..., Any] | None = function
         self._batched = batched
@@ -46,7 +47,7 @@ class Invokes:
         inputs = None
         if args or kwargs:
             assert self._envoy is not None
-            inputs = self._envoy._prepare(self._envoy._traced_root(), self._method, args, kwargs)
+            inputs = self._envoy._prepare(self._root, self._method, args, kwargs)
             if inputs.rows is None:
                 raise InvokeError(
                     f"This invoke was given {', '.join(kwargs) or 'nothing'} but no input. Give the input first, or no "
@@ -70,7 +71,7 @@ class Invokes:
         args = (*args, *joint.args)
         shared = None
         if len(fed) > 1:
-            shared = Joint(joint.rows or 0, args, kwargs, envoy._rows, envoy._tables())
+            shared = Joint(joint.rows or 0, args, kwargs, envoy._rows(), envoy._tables())
         self._take_part(run, shared)
         return function(*args, **kwargs)
 
@@ -101,7 +102,7 @@ class Invokes:
                 raise InvokeError(_NO_WHOLE.format(where=block.where))
         for block, inputs in self.entries:
             assert inputs is not None
-            run = make_run(envoy._traced_root(), self._function)
+            run = make_run(self._root, self._function)
             run.args, run.kwargs = (*template.args, *inputs.args), {**template.kwargs, **inputs.kwargs}
             mediator = block.join(run, 0)
             mediator.owner = self.owner
@@ -131,4 +132,4 @@ class Invokes:
         for block, _ in self.entries:
             block.scope.close()
         self.entries = []
-        self._envoy = self._function = self.owner = None
+        self._envoy = self._root = self._function = self.owner = None

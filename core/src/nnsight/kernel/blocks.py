@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from traceback import walk_stack
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nnsight.errors import OutsideTraceError, WrongThreadError
 
@@ -162,7 +162,7 @@ def find(tree: Tree, depth: int = 1, of_tracer: object = None) -> Mediator | Non
     hint: Any = _hint.get()
     while hint is not None:
         if hint.is_open and hint.tree is tree and (of_tracer is None or hint.owner is of_tracer):
-            return cast("Mediator", hint)
+            return hint  # type: ignore[no-any-return]
         hint = hint.outer
     return None
 

@@ -159,7 +159,7 @@ class Interleaver:
     def _resume(self, mediator: Mediator) -> None:
         """Let a block go on to its next request. One that has raised takes the model down."""
         mediator.to_block()
-        while mediator.answer_call():
+        while mediator.has_call and mediator.answer_call():
             mediator.to_block()
         if mediator.error is not None:
             raise Unwind

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, cast
 
 import torch
@@ -16,7 +16,7 @@ from nnsight._frames import hide
 from nnsight._wrappable import check_module
 from nnsight.capture.callsite import is_with_item
 from nnsight.errors import NoInputError, PluginError, WrapError
-from nnsight.joint.batching import Batch
+from nnsight.joint.batching import Batch, Rows
 from nnsight.joint.joining import accepts, join_inputs, leading_size
 from nnsight.joint.tables import tables_of
 from nnsight.kernel import envoy as kernel
@@ -106,10 +106,10 @@ class Envoy(kernel.Envoy):
             return self.join(inputs)
         return join_inputs(inputs)
 
-    def _rows(self, tensor: torch.Tensor, batch: Batch) -> slice | None:
-        """Return which slice of dim 0 of a tensor is an invoke's."""
+    def _rows(self) -> Rows:
+        """Return what says which slice of dim 0 of a tensor is an invoke's."""
         root = self.root
-        return root.rows(tensor, batch) if isinstance(root, NNsight) else NNsight.rows(self, tensor, batch)  # type: ignore[arg-type]
+        return root.rows if isinstance(root, NNsight) else partial(NNsight.rows, self)  # type: ignore[arg-type]
 
     def _tables(self) -> set[int]:
         """Return the storages of the model's parameters and buffers: they hold no rows of a batch."""
