@@ -26,6 +26,7 @@ from nnsight.errors import ScanError
 
 _ORDINARY = (torch.Tensor, nn.Parameter, nn.Buffer)
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+_DEVICE = torch.ops.prim.device.default
 _PLAIN = frozenset(
     (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 )  # fmt: skip
@@ -70,6 +71,8 @@ class ScanMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             self._known.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor and not self.in_kernel_invocation:
+            return args[0].fake_device  # asked for at almost every operation
         if func in _LIFTS:  # `torch.tensor(2)`: a constant, whose value torch keeps
             return super().__torch_dispatch__(func, types, args, kwargs)
         args = tuple([self._stand_in(arg) for arg in args])
