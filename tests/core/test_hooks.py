@@ -39,17 +39,24 @@ class Special:
 
 # --- One call for every spec: (what the plugin's function is called with, what it returns, how the library calls it)
 
-ENVOY, TRACER, RUN, ERROR = object(), object(), object(), ValueError("the run's")
+ENVOY, TRACER, BLOCK, RUN, ERROR = object(), object(), object(), object(), ValueError("the run's")
 CALLS = {
     "nnsight_wrapped": ({"envoy": ENVOY}, None, lambda h: h.wrapped(ENVOY)),
     "nnsight_trace_opened": ({"tracer": TRACER}, None, lambda h: h.trace_opened(TRACER)),
+    "nnsight_block_joined": ({"block": BLOCK}, None, lambda h: h.block_joined(BLOCK)),
     "nnsight_run_started": ({"run": RUN}, None, lambda h: h.run_started(RUN)),
     "nnsight_run_ended": ({"run": RUN, "error": ERROR}, None, lambda h: h.run_ended(RUN, ERROR)),
     "nnsight_saveable_types": ({}, [Special, Special], lambda h: h.saveable_types() == (Special,)),
     "nnsight_commands": ({}, {"do": command}, lambda h: h.commands() == {"do": [("one", command)]}),
     "nnsight_doctor": ({}, [("gpu", None, "none")], lambda h: h.doctor() == [("gpu", None, "none")]),
 }
-OBSERVERS = ["nnsight_wrapped", "nnsight_trace_opened", "nnsight_run_started", "nnsight_run_ended"]
+OBSERVERS = [
+    "nnsight_wrapped",
+    "nnsight_trace_opened",
+    "nnsight_block_joined",
+    "nnsight_run_started",
+    "nnsight_run_ended",
+]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -71,7 +78,7 @@ def test_hook_is_registered_and_called_with_its_arguments(hooks, name):
 def test_hook_says_when_it_fires_and_is_fully_typed(name):
     spec = getattr(hookspecs, name)
     assert inspect.getdoc(spec).startswith("Fires ")
-    named = {"Envoy": nnsight.Envoy, "Interleaver": nnsight.Interleaver, "Tracer": nnsight.Tracer}
+    named = {name: getattr(nnsight, name) for name in ("Envoy", "Interleaver", "Mediator", "Tracer")}
     hints = typing.get_type_hints(spec, {**vars(hookspecs), **named})
     assert set(hints) == {*inspect.signature(spec).parameters, "return"}
     assert (hints["return"] is type(None)) == (name in OBSERVERS)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nnsight._compat import Object as Object
     from nnsight.builtin.cached import Cache as Cache
     from nnsight.builtin.eproperty import eproperty as eproperty
+    from nnsight.builtin.explain import Explanation as Explanation
+    from nnsight.builtin.explain import explain as explain
     from nnsight.config import CONFIG as CONFIG
     from nnsight.errors import BatchError as BatchError
     from nnsight.errors import CacheError as CacheError
@@ -74,6 +76,7 @@ _PUBLIC = {
     "nnsight._compat": ("Object",),
     "nnsight.builtin.cached": ("Cache",),
     "nnsight.builtin.eproperty": ("eproperty",),
+    "nnsight.builtin.explain": ("Explanation", "explain"),
     "nnsight.config": ("CONFIG",),
     "nnsight.errors": (
         "BatchError", "CacheError", "CacheFileError", "CacheWarning", "CaptureError", "ConfigError", "ConfigWarning",

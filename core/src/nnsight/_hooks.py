@@ -17,6 +17,7 @@ from nnsight.errors import PluginConflictError, PluginError, PluginWarning
 if TYPE_CHECKING:
     from nnsight._manager import Implementation, Manager
     from nnsight.kernel.interleaver import Interleaver
+    from nnsight.kernel.mediator import Mediator
     from nnsight.tracing.model import Envoy
     from nnsight.tracing.tracer import Tracer
 
@@ -28,13 +29,14 @@ class Hooks:
 
     Attributes:
         trace_opened: `hooks.trace_opened(tracer)`, or None when no plugin implements it.
+        block_joined: `hooks.block_joined(block)`, or None.
         run_started: `hooks.run_started(run)`, or None.
         run_ended: `hooks.run_ended(run, error)`, or None.
     """
 
     __slots__ = (
-        "_broken", "_installed", "_is_loaded", "_loaders", "_lock", "_manager", "_registry", "_wrapped", "run_ended",
-        "run_started", "trace_opened",
+        "_broken", "_installed", "_is_loaded", "_loaders", "_lock", "_manager", "_registry", "_wrapped",
+        "block_joined", "run_ended", "run_started", "trace_opened",
     )  # fmt: skip
 
     def __init__(self, registry: Registry) -> None:
@@ -47,6 +49,7 @@ class Hooks:
         self._broken: dict[str, PluginError] = {}
         self._wrapped: Callable[[Envoy], None] | None = None
         self.trace_opened: Callable[[Tracer], None] | None = None
+        self.block_joined: Callable[[Mediator], None] | None = None
         self.run_started: Callable[[Interleaver], None] | None = None
         self.run_ended: Callable[[Interleaver, BaseException | None], None] | None = None
 
@@ -198,6 +201,7 @@ class Hooks:
         if manager is not None:
             self._wrapped = manager.observer("nnsight_wrapped")
             self.trace_opened = manager.observer("nnsight_trace_opened")
+            self.block_joined = manager.observer("nnsight_block_joined")
             self.run_started = manager.observer("nnsight_run_started")
             self.run_ended = manager.run_ended_observer()
 

@@ -24,6 +24,7 @@ _SHORT_VARIABLES = {
     ("API", "APIKEY"): "NDIF_API_KEY",
     ("API", "HOST"): "NDIF_HOST",
     ("APP", "DEBUG"): "NNSIGHT_DEBUG",
+    ("APP", "EXPLAIN"): "NNSIGHT_EXPLAIN",
 }
 
 
@@ -67,6 +68,7 @@ class App(Section):
 
     Attributes:
         DEBUG: show the library's own frames in tracebacks.
+        EXPLAIN: record from the first model on what traces ask for; `nnsight.explain.on()` does so at any time.
         REMOTE_LOGGING: print the progress of remote runs.
         PYMOUNT: give values `x.save()`; `nnsight.save(x)` is always there.
         CROSS_INVOKER: let an invoke read names that an earlier invoke of the same trace binds.
@@ -74,6 +76,7 @@ class App(Section):
     """
 
     DEBUG: bool = False
+    EXPLAIN: bool = False
     REMOTE_LOGGING: bool = True
     PYMOUNT: bool = True
     CROSS_INVOKER: bool = True

@@ -17,6 +17,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from nnsight.kernel.interleaver import Interleaver
+    from nnsight.kernel.mediator import Mediator
     from nnsight.tracing.model import Envoy
     from nnsight.tracing.tracer import Tracer
 
@@ -44,6 +45,18 @@ def nnsight_trace_opened(tracer: Tracer) -> None:
 
     Args:
         tracer: the tracer that the `with` binds.
+    """
+
+
+@hookspec
+def nnsight_block_joined(block: Mediator) -> None:
+    """Fires when a captured block (an invoke, an edit) takes its seat in a run, before its body runs.
+
+    The seat of an inline block is `tracer.current_block()` when `nnsight_trace_opened` fires. To see what a block asks
+    for, give its seat a subclass of its class that has no slots of its own: `block.__class__ = Watching`.
+
+    Args:
+        block: the seat; its run may not have started.
     """
 
 

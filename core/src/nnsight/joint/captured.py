@@ -16,6 +16,7 @@ from nnsight.kernel import ambient
 from nnsight.kernel.blocks import adopt_block, clear_hint
 from nnsight.kernel.mediator import Mediator, StopBlock
 from nnsight.kernel.sides import Unwind, make_carrier
+from nnsight.plugins import hooks
 
 if TYPE_CHECKING:
     from nnsight.kernel.interleaver import Interleaver
@@ -45,7 +46,10 @@ class CapturedBlock:
 
     def join(self, run: Interleaver, order: int, batch: Batch | None = None) -> CapturedMediator:
         """Take a seat in a run."""
-        return CapturedMediator(run, self, order, batch)
+        mediator = CapturedMediator(run, self, order, batch)
+        if hooks.block_joined:
+            hooks.block_joined(mediator)
+        return mediator
 
     def again(self) -> CapturedBlock:
         """Return the block for one more run, with variables of its own, in the surroundings of the calling code."""

@@ -15,6 +15,7 @@ from torch import nn
 from nnsight._frames import hide
 from nnsight._wrappable import check_module
 from nnsight.capture.callsite import is_with_item
+from nnsight.config import CONFIG
 from nnsight.errors import NoInputError, PluginError, WrapError
 from nnsight.joint.batching import Batch, Rows
 from nnsight.joint.joining import accepts, join_inputs, leading_size
@@ -175,6 +176,7 @@ class NNsight(Envoy):
         hooks.wrapped(self)
         saving.mount()
         _mount_gradients()
+        _start_recording()
 
     def _class_of(self, path: str, module: nn.Module) -> type[kernel.Envoy]:
         return Envoy if self._naming is None else self._naming.class_of(path, module, Envoy)
@@ -273,6 +275,15 @@ def _mount_gradients() -> None:
         gradients = plugins.lookup("nnsight.tracer", "backward")
         if gradients is not None:
             gradients.mount()
+
+
+@cache
+def _start_recording() -> None:
+    """Record from now on what traces ask for, if the settings say so."""
+    if CONFIG.APP.EXPLAIN:
+        import nnsight  # lazy: it stands above
+
+        nnsight.explain.on()
 
 
 _MIRROR = (
