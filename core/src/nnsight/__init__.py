@@ -101,7 +101,7 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = frozenset(
-    {"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "plugins", "protocols", "testing"}
+    {"config", "errors", "hookspecs", "intervention", "modeling", "ndif", "payload", "plugins", "protocols", "testing"}
 )
 
 

@@ -57,6 +57,26 @@ class Scope:
         self.reach: frozenset[str] = self._plan.reach
         self._cells = self._fresh_cells()
 
+    @classmethod
+    def of_values(
+        cls, block: Block, namespace: dict[str, Any], values: dict[str, Any], live: dict[str, CellType]
+    ) -> Scope:
+        """Return a scope that is taken from no frame.
+
+        Args:
+            block: what is captured.
+            namespace: the globals of its file.
+            values: what variables of the function around it are bound to.
+            live: the variables that functions outside of the block share with it.
+        """
+        new = cls.__new__(cls)
+        new.block, new.frame, new.is_over, new.previous = block, None, False, None
+        new._globals, new._values, new._live, new._frame_cells, new._outer_load = namespace, values, live, {}, None
+        new._plan = plan_of(block, _NOTHING, values, _NOTHING)
+        new.reach = new._plan.reach
+        new._cells = new._fresh_cells()
+        return new
+
     def _fresh_cells(self) -> dict[str, CellType]:
         """Return the cells at the start: empty for what the block binds, so that it shows when it has."""
         values, plan = self._values, self._plan
@@ -98,6 +118,16 @@ class Scope:
             new._values = {**self._values, **dict.fromkeys(self._owned, self._owner())}
         new._cells = new._fresh_cells()
         return new
+
+    def outside(self) -> tuple[dict[str, Any], dict[str, CellType], dict[str, Any]]:
+        """Return where the block takes its names from.
+
+        Returns:
+            What it may read of the function (or class, or module) around it, the variables that it shares with other
+            functions, and the globals.
+        """
+        names = self.block.exposed
+        return {name: value for name, value in self._values.items() if name in names}, self._live, self._globals
 
     def environment(self) -> dict[str, Any]:
         """Return the values that the block reads from where it is written; builtins and what it binds itself are not."""  # noqa: E501
@@ -153,7 +183,10 @@ class Scope:
     def give(self, values: dict[str, Any]) -> None:
         """Bind names of the block where it is written, as if the block had run there and bound them."""
         for name, value in values.items():
-            self._cells[name].cell_contents = value
+            if name in self.block.declared_global:
+                self._globals[name] = value
+            else:
+                self._cells[name].cell_contents = value
         write_back([self])
 
     def close(self) -> None:

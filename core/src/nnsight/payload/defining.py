@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import collections
 import copy
+import sys
 import types
 from collections.abc import Callable
 from functools import partial
@@ -233,7 +234,14 @@ class Definitions:
         """Make a class. What doing so puts into containers is there already: it was when they were sent."""
         bound = [value for module in self._modules for value in vars(module).values()]
         before = [(value, copy.copy(value)) for value in bound if type(value) in (list, dict, set)]
-        made = make()
+        # What makes a class (a dataclass, say) looks for the module that it is of.
+        mine = {module.__name__: module for module in self._modules if module.__name__ not in sys.modules}
+        sys.modules.update(mine)
+        try:
+            made = make()
+        finally:
+            for name in mine:
+                sys.modules.pop(name, None)
         for container, content in before:
             container.clear()
             (container.extend if type(container) is list else container.update)(content)

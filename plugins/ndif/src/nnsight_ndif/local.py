@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nnsight import Capture, InputError, NNsight
+from nnsight import Capture, InputError, NNsight, payload
 from nnsight_ndif import job, launch
 from nnsight_ndif.errors import NotInRunnerError
 from nnsight_ndif.isolation import Limits
@@ -94,7 +94,7 @@ class LocalRun(Capture):
             result = seat.serve(order)
             bound = {
                 name: job.unpack_result(data, root, seat.shown.unpack)
-                for name, data in job.checked(result, scope.block.bound).items()
+                for name, data in job.checked(result, scope.block.bound | scope.block.declared_global).items()
             }
         finally:
             runner.close()
@@ -104,13 +104,10 @@ class LocalRun(Capture):
         scope.close()
 
     def _order(self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
-        order = job.dump(scope.block, scope.environment(), root, put)
-        arguments = job.dump_arguments(self._arguments, scope.block.where, root, put)
-        frame = scope.frame
         return {
-            **order, "method": self._method, "path": self._envoy.path, "arguments": arguments, "seed": _seed(),
-            "has_gradients": torch.is_grad_enabled(), "default_dtype": str(torch.get_default_dtype()).partition(".")[2],
-            "batched": self._batched, "module": frame.f_globals.get("__name__", "__main__"),
+            "sent": payload.pack_blocks(root, [scope], put, arguments=self._arguments), "method": self._method,
+            "path": self._envoy.path, "seed": _seed(), "has_gradients": torch.is_grad_enabled(),
+            "default_dtype": str(torch.get_default_dtype()).partition(".")[2], "batched": self._batched,
         }  # fmt: skip
 
 

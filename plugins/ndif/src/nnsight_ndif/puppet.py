@@ -35,7 +35,7 @@ class Link:
 
     def __init__(self, channel: Channel, incoming: Window, outgoing: Window) -> None:
         self.channel = channel
-        self._incoming = incoming
+        self.incoming = incoming
         self.modules: dict[str, StandIn] = {}
         self.held = Held(incoming, outgoing, lambda path: self.modules[path], self._pull)
         #: The model's numbers of locations, by those of the tree here, and the other way round.
@@ -56,7 +56,7 @@ class Link:
             dropped, edits = self.held.begin()
             self.channel.send(kind, [dropped, edits, self.held.pack(content)])
             answer, data = self.channel.receive()
-            self._incoming.begin()
+            self.incoming.begin()
             if answer is Kind.FAILED:
                 raise rebuild(data)
             refreshed, content = data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import importlib
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 import nnsight
-from nnsight import Mediator, Tracer
+from nnsight import Mediator, Tracer, payload
 from nnsight_ndif import job
 from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.held import watch_exposure
@@ -82,18 +81,20 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(order["seed"] % (1 << 32))
     envoy = model.get(order["path"])
-    namespace = {"__builtins__": builtins, "__name__": order["module"]}
-    block = job.Block(order, namespace, model, link.held)
+    sent = payload.SentBlocks(
+        order["sent"], link.incoming.get, model.get, link.modules.__getitem__, lambda _: torch.device("cpu")
+    )
+    (block,) = sent.blocks
     if order["method"] == "session":
         with model.session() as opened:
             block.run(opened)
     else:
-        args, kwargs = block.unpack(order["arguments"])
+        args, kwargs = sent.values["arguments"]
         function = partial(link.drive, order["path"], order["method"])
         tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
         with tracer:
             block.run(tracer)
-    return lambda: job.results(namespace, _saved, order["names"], link.held, link.theirs)
+    return lambda: job.results(block.bound(), _saved, link.held, link.theirs)
 
 
 class _Printer:
