@@ -17,6 +17,7 @@ from torch import nn
 
 from nnsight import InputError
 from nnsight.protocols import Inputs
+from nnsight_hf.embeddings import embeddings_of, input_device
 from nnsight_hf.errors import MissingTokenizerError
 from nnsight_hf.joining import PER_TOKEN, Prompt, has_left_padding, positions
 
@@ -31,6 +32,7 @@ _NO_TOKENIZER = (
     "tokenizer=AutoTokenizer.from_pretrained(...) takes one from elsewhere. Token ids work without one."
 )
 _SOURCES = ("input_ids", "inputs_embeds")
+_BESIDE_IDS = PER_TOKEN.keys() - {"input_ids"}
 _FEW = 512
 
 
@@ -53,7 +55,7 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
     encoding = _encode(value, tokenizer, module) if value is not None else {}
     _refuse_twice(encoding, rest)
     call = {**encoding, **rest}
-    embeddings = _embeddings(module)
+    embeddings = embeddings_of(module)
     is_plain = call.get("attention_mask") is None and call.get("input_ids") is not None
     if call.get("input_ids") is not None:
         rows = _finish_ids(call, module, embeddings, tokenizer)
@@ -87,17 +89,6 @@ def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> torch.Tensor:
     fill = [[value] * (width - len(row)) for row in rows]
     joined = [[*f, *row] if side == "left" else [*row, *f] for f, row in zip(fill, rows, strict=True)]
     return torch.tensor(joined, dtype=torch.long)
-
-
-def input_device(module: nn.Module, embeddings: nn.Module | None) -> torch.device | None:
-    """Return the device that inputs must be on; None when it cannot be told."""
-    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if execution is not None:  # accelerate: the weights may be offloaded, on the meta device
-        return torch.device(execution)
-    weight = getattr(embeddings, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        weight = next((embeddings if embeddings is not None else module).parameters(), None)
-    return weight.device if weight is not None and weight.device.type != "meta" else None
 
 
 def _single_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -199,8 +190,8 @@ def pad_id(tokenizer: Any, module: nn.Module) -> int:
 def _finish_ids(call: dict[str, Any], module: nn.Module, embeddings: nn.Module | None, tokenizer: Any) -> int:
     """Bring `input_ids` and what goes with it into their final shape, in place; return the number of rows."""
     ids, mask = _as_ids(call["input_ids"], tokenizer, module)
-    for name in PER_TOKEN.keys() - {"input_ids"}:
-        value = call.get(name)
+    for name in call.keys() & _BESIDE_IDS:
+        value = call[name]
         if isinstance(value, list | np.ndarray):
             value = call[name] = torch.as_tensor(value)
         if isinstance(value, torch.Tensor) and ids.ndim == 1 and value.shape == ids.shape:
@@ -285,12 +276,3 @@ def _check_embeds(embeds: Any) -> int:
 @lru_cache(maxsize=32)
 def _takes_positions(forward: Callable[..., Any]) -> bool:
     return "position_ids" in inspect.signature(forward).parameters
-
-
-def _embeddings(module: nn.Module) -> nn.Module | None:
-    find = getattr(module, "get_input_embeddings", None)
-    try:
-        found = find() if find is not None else None
-    except (AttributeError, NotImplementedError):  # a model of another kind: audio, or parts only
-        return None
-    return found if isinstance(found, nn.Module) else None
