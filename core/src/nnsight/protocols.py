@@ -64,6 +64,14 @@ class Standing(Protocol):
         """Put it in place for what stands in for the run, and add what takes it away to its `closing`."""
 
 
+class Deferred:
+    """A value that several blocks bring together, known when all have been served."""
+
+    def resolve(self) -> Any:
+        """Return the value."""
+        raise NotImplementedError
+
+
 class PerCode(Generic[T]):
     """A cache that belongs to code objects: by identity, never by file and line, and gone with the code.
 

@@ -18,6 +18,7 @@ from nnsight._frames import users_line
 from nnsight.builtin.explain import Explanation, Request
 from nnsight.builtin.sizes import describe
 from nnsight.joint.captured import CapturedMediator
+from nnsight.kernel.blocks import line_at
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator, StopBlock
 
@@ -198,7 +199,7 @@ class Recorder:
         record = self._record_of(run)
         record.inline = weakref.ref(block)
         explanation = self._traces[tracer] = record.explanation
-        explanation.method, explanation.where = tracer._method, f"{frame.f_code.co_filename}:{block.line}"
+        explanation.method, explanation.where = tracer._method, line_at(frame.f_code, block.position)
         block.__class__, run.__class__ = _Recorded, _Run
         self._keep(explanation)
 

@@ -19,7 +19,8 @@ from nnsight.joint.containers import fields_of, rebuild_sequence, transform, wit
 from nnsight.joint.joining import concatenate
 from nnsight.joint.tables import storage_of
 from nnsight.kernel.interleaver import Interleaver
-from nnsight.kernel.mediator import Deferred, Mediator
+from nnsight.kernel.mediator import Mediator
+from nnsight.protocols import Deferred
 
 #: A tensor handed out whole, its version then, and a copy of one that has no versions (made in inference mode).
 Unsplit = tuple[torch.Tensor, int, torch.Tensor | None]

@@ -74,7 +74,6 @@ class CapturedMediator(Mediator):
         self._unsplit: list[Unsplit] = []
         self.carrier = make_carrier(self._work, block.context, block.state, is_model=False)
         super().__init__(run, self._pause, self.carrier.resume, order)
-        self.line = block.scope.block.node.lineno
         self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)
 
     @property

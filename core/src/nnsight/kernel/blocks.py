@@ -6,13 +6,14 @@ a block has started: their stack does not lead to it.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from traceback import walk_stack
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nnsight.errors import OutsideTraceError, WrongThreadError
@@ -31,6 +32,7 @@ class Block(Protocol):
     tree: Tree | None
     thread: int
     outer: Any
+    position: int  # of the instruction in its frame that entered it
 
     @property
     def is_open(self) -> bool: ...
@@ -49,7 +51,8 @@ class PlainBlock:
     def __init__(self, frame: FrameType) -> None:
         self.thread = threading.get_ident()
         self.is_open = True
-        self.where = f"opened at {frame.f_code.co_filename}:{frame.f_lineno}"
+        self.position = frame.f_lasti
+        self.where = f"opened at {line_at(frame.f_code, self.position)}"
 
     def save(self, value: Any) -> None:
         """Do nothing: every value is there afterwards anyway."""
@@ -60,6 +63,7 @@ class PlainBlock:
     abandon = close
 
 
+_ENTER = dis.opmap.get("BEFORE_WITH")  # from 3.14 on any call, which says nothing: then nothing is abandoned
 _RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 OUTSIDE = (
@@ -86,7 +90,10 @@ def _abandon_dead(frame: FrameType) -> None:
     ident = threading.get_ident()
     alive = {above for above, _ in walk_stack(frame)}
     for other, blocks in list(open_blocks.items()):
-        if other in alive or other.f_code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):
+        code = other.f_code
+        if other in alive or code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):
+            continue
+        if any(code.co_code[block.position] != _ENTER for block in blocks):  # no `with`, but an ExitStack and the like
             continue
         try:
             other.clear()
@@ -95,6 +102,12 @@ def _abandon_dead(frame: FrameType) -> None:
         del open_blocks[other]
         for block in reversed(blocks):
             block.abandon()
+
+
+def line_at(code: CodeType, at: int) -> str:
+    """Return the file and line of an instruction."""
+    line = next((line for start, end, line in code.co_lines() if start <= at < end), None)
+    return f"{code.co_filename}:{code.co_firstlineno if line is None else line}"
 
 
 def close_block(frame: FrameType, mediator: Block) -> None:

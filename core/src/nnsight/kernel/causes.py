@@ -9,8 +9,6 @@ from nnsight.kernel.blocks import open_blocks
 from nnsight.kernel.controller import make_controller
 
 if TYPE_CHECKING:
-    from types import CodeType
-
     from torch import nn
 
     from nnsight.kernel.interleaver import Interleaver
@@ -87,12 +85,6 @@ def _failed_in(run: Interleaver, error: BaseException) -> int | None:
             found = values["number"] if values.get("run") is run else found
         traceback = traceback.tb_next
     return found
-
-
-def line_at(code: CodeType, at: int) -> str:
-    """Return the file and line of an instruction."""
-    line = next((line for start, end, line in code.co_lines() if start <= at < end), None)
-    return f"{code.co_filename}:{code.co_firstlineno if line is None else line}"
 
 
 def _cause(run: Interleaver, number: int) -> str:

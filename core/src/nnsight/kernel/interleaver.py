@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from nnsight.kernel import ambient, causes
 from nnsight.kernel.blocks import clear_hint
 from nnsight.kernel.controller import Instrumentation, current_run
-from nnsight.kernel.mediator import Deferred, Mediator
+from nnsight.kernel.mediator import Mediator
 from nnsight.kernel.sides import Carrier, ThreadCarrier, Unwind, make_carrier
+from nnsight.protocols import Deferred
 
 if TYPE_CHECKING:
     from nnsight.kernel.location import Tree

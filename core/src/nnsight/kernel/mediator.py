@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight.errors import InputError, MissedProviderError, OutOfOrderError
 from nnsight.kernel import causes
-from nnsight.kernel.blocks import wrong_thread
+from nnsight.kernel.blocks import line_at, wrong_thread
 
 if TYPE_CHECKING:
     from nnsight.kernel.interleaver import Interleaver
@@ -29,14 +29,6 @@ class StopBlock(BaseException):
     def __init__(self, mediator: Mediator) -> None:
         super().__init__("the block was stopped")
         self.mediator = mediator
-
-
-class Deferred:
-    """A value that several blocks bring together, known when all have been served."""
-
-    def resolve(self) -> Any:
-        """Return the value."""
-        raise NotImplementedError
 
 
 class Mediator:
@@ -67,8 +59,8 @@ class Mediator:
     # Slots, every one set: a request reads most of them, and a default on the class is slow to find.
     __slots__ = (
         "__weakref__", "_pending_call", "edited", "error", "first", "frame", "has_call", "is_done", "is_stopped",
-        "line", "loops", "number", "occurrence", "order", "outer", "owner", "passed", "run", "served", "step", "thread",
-        "to_block", "to_model", "tree", "wanted",
+        "loops", "number", "occurrence", "order", "outer", "owner", "passed", "position", "run", "served", "step",
+        "thread", "to_block", "to_model", "tree", "wanted",
     )  # fmt: skip
 
     def __init__(self, run: Interleaver, to_model: Handover, to_block: Handover, order: int = 0) -> None:
@@ -79,7 +71,7 @@ class Mediator:
         self.order = order
         self.thread = _get_ident()
         self.step: int | None = 0
-        self.passed = self.occurrence = self.loops = self.line = 0
+        self.passed = self.occurrence = self.loops = self.position = 0
         self.number = self.served = self.first = -1
         self.wanted: dict[int, int] | None = None
         self.edited: dict[int, Any] = {}
@@ -103,12 +95,12 @@ class Mediator:
     def where(self) -> str:
         """The user's file and line at which the block was opened."""
         frame = self.frame
-        return f"opened at {frame.f_code.co_filename}:{self.line}" if frame is not None else "(closed)"
+        return f"opened at {line_at(frame.f_code, self.position)}" if frame is not None else "(closed)"
 
     def edits(self) -> list[tuple[int, str]]:
         """Return the numbers of the locations that the block has assigned, and the user's file and line for each."""
         code = None if self.frame is None else self.frame.f_code
-        return [] if code is None else [(number, causes.line_at(code, at)) for number, at in self.edited.items()]
+        return [] if code is None else [(number, line_at(code, at)) for number, at in self.edited.items()]
 
     def read(self, number: int) -> Any:
         """Wait for a location and return its value; at one visit always the same object.

@@ -103,7 +103,7 @@ class Tracer:
             assert run.carrier is not None
             self._frame = frame
             mediator = self._mediator = Mediator(run, run.carrier.resume, run.hand_back, order=sys.maxsize)
-            mediator.owner, mediator.frame, mediator.line = self, frame, frame.f_lineno
+            mediator.owner, mediator.frame, mediator.position = self, frame, frame.f_lasti
             open_block(frame, mediator)
             if hooks.trace_opened:
                 hooks.trace_opened(self)

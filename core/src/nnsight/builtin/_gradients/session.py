@@ -18,7 +18,7 @@ from nnsight.builtin._gradients.stand import Gradients, Stand
 from nnsight.builtin._gradients.thread import Worker, borrow
 from nnsight.errors import TracerStateError
 from nnsight.kernel import ambient
-from nnsight.kernel.blocks import close_block, open_block, open_here
+from nnsight.kernel.blocks import close_block, line_at, open_block, open_here
 from nnsight.kernel.location import Tree
 from nnsight.kernel.sides import Unwind
 
@@ -55,7 +55,7 @@ class Backward:
         self._call: Any = partial(plain, loss, *args, **kwargs)
         self._has_inputs = kwargs.get("inputs") is not None or len(args) > 3
         self._frame: FrameType | None = None
-        self._line = 0
+        self.position = 0
         self._pass: _Pass | None = None
         self.thread = threading.get_ident()
 
@@ -63,7 +63,7 @@ class Backward:
     def where(self) -> str:
         """The user's file and line at which the block was opened."""
         frame = self._frame
-        return f"opened at {frame.f_code.co_filename}:{self._line}" if frame is not None else "(closed)"
+        return f"opened at {line_at(frame.f_code, self.position)}" if frame is not None else "(closed)"
 
     @property
     def is_open(self) -> bool:
@@ -86,7 +86,7 @@ class Backward:
             raise reasons.no_graph(loss)
         frame = sys._getframe(1)
         self.thread = threading.get_ident()
-        self._line = frame.f_lineno
+        self.position = frame.f_lasti
         self._pass = _Pass(root.node, self._call, self._has_inputs)
         self._frame = frame
         try:
