@@ -106,6 +106,26 @@ def test_edits_are_in_it_and_later_ones_do_not_reach_it(net):
     assert cache.model.source.vars.x_1.steps[0].output.mean() == 7
 
 
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Net()
+
+    def forward(self, x):
+        return torch.relu(self.model(x))
+
+
+def test_an_operation_is_no_other_of_the_same_name_further_in():
+    """A path may leave out the root's name; an operation means itself."""
+    model = NNsight(Around())
+    with model.trace(X) as tracer:
+        cache = tracer.cache(modules=[model.model.source.torch_relu_0])
+    assert model.source.torch_relu_0 not in cache
+    assert model.model.source.torch_relu_0 in cache
+    with pytest.raises(NotCachedError, match=r"`model.source.torch_relu_0` was not cached"):
+        cache[model.source.torch_relu_0]
+
+
 def test_rows_of_an_invoke(net):
     relu, *_ = by_hand(net)
     model = NNsight(net)

@@ -362,8 +362,9 @@ class Cache:
 
     def _find(self, path: object) -> str | None:
         full = _plain(path)
-        if full in self._index() or self._children(full):
-            return full
+        is_there = full in self._index() or bool(self._children(full))
+        if is_there or not isinstance(path, str):
+            return full if is_there else None
         names = full.split(".")
         found = self._walk(ROOT, names)
         return found if found is not None or names[0] != ROOT else self._walk(ROOT, names[1:])

@@ -15,7 +15,7 @@ from nnsight.joint.containers import is_registered, rebuild_sequence, transform,
 from nnsight.kernel.envoy import Envoy
 
 Copier = Callable[[Any], Any]
-_SHARED = (nn.Module, Envoy, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
+_SHARED = (nn.Module, Envoy, super, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
