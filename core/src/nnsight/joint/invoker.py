@@ -59,6 +59,11 @@ class Capture:
                 raise
             return True
 
+    def take(self, scope: Scope) -> None:
+        """Take a block that was sent, as if it were written here and had been entered."""
+        entered = self._bind(scope.block.target, self._entered())
+        self._captured(CapturedBlock(scope, entered, self.what))
+
     def _previous(self, frame: FrameType) -> Scope | None:
         """Return the block before this one in the same frame, whose names it may read."""
         return None
@@ -96,6 +101,11 @@ class Invoker(Capture):
     def __init__(self, invokes: Invokes, inputs: Inputs | None) -> None:
         self._invokes = invokes
         self.inputs = inputs
+
+    def take(self, scope: Scope) -> None:
+        """Take a block that was sent, as if it were written here and had been entered."""
+        entered = self._bind(scope.block.target, self._entered())
+        self._captured(CapturedBlock(scope, entered, self.what))
 
     def _previous(self, frame: FrameType) -> Scope | None:
         if not CONFIG.APP.CROSS_INVOKER:

@@ -5,5 +5,10 @@ What plugins use is here; docs/payload.md describes the format.
 
 from __future__ import annotations
 
-from nnsight.payload.runs import SentBlocks as SentBlocks
-from nnsight.payload.runs import pack_blocks as pack_blocks
+from nnsight.payload.container import FORMAT as FORMAT
+from nnsight.payload.run import Run as Run
+from nnsight.payload.run import write_run as write_run
+from nnsight.payload.sending import SentBlocks as SentBlocks
+from nnsight.payload.sending import pack_blocks as pack_blocks
+from nnsight.payload.tree import describe_model as describe_model
+from nnsight.payload.tree import model_key as model_key
