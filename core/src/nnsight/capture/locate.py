@@ -128,6 +128,8 @@ def _item(node: ast.With, span: Span, code: CodeType, offset: int) -> int | None
             return index
     if _position(node) != span:
         return None
+    if len(node.items) == 1:
+        return 0
     # Every item has the position of the statement: count the entries up to this one.
     enter = dis.opmap["BEFORE_WITH"]
     raw, positions = code.co_code, code.co_positions()

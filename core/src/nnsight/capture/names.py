@@ -39,6 +39,17 @@ class Names(ast.NodeVisitor):
                 self.visit(node)
         return self
 
+    def generic_visit(self, node: ast.AST) -> None:
+        # As the base class does it, without generators, and without a call for each `ctx` and operator.
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, list):
+                for item in value:
+                    if isinstance(item, ast.AST):
+                        self.visit(item)
+            elif isinstance(value, ast.AST) and value._fields:
+                self.visit(value)
+
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
             self.loaded.add(node.id)

@@ -12,6 +12,7 @@ import dis
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from types import CodeType
 from typing import Any
 
@@ -79,11 +80,13 @@ def variables(code: CodeType) -> list[str]:
 def _steps(code: CodeType, start: Place, end: Place) -> list[Step]:
     """Return what the instructions between two places do, in a form that does not depend on how names are stored."""
     found: list[Step] = []
-    kinds, closures, extended_arg, raw = _kinds(), _closures(), dis.EXTENDED_ARG, code.co_code
+    kinds, closures, extended_arg = _kinds(), _closures(), dis.EXTENDED_ARG
     local, cells, names = variables(code), code.co_cellvars, code.co_names
     first_cell, first, last = len(code.co_varnames), start[0], end[0]
-    extended, is_closed = 0, False
-    for op, low, (line, end_line, column, end_column) in zip(raw[::2], raw[1::2], code.co_positions(), strict=True):
+    window, extended, is_closed = _window(code, first, last), 0, False
+    raw = code.co_code[2 * window.start : 2 * window.stop]
+    positions = islice(code.co_positions(), window.start, window.stop)
+    for op, low, (line, end_line, column, end_column) in zip(raw[::2], raw[1::2], positions, strict=True):
         if not op or line is None or not first <= line <= last:  # 0 is CACHE
             continue
         argument = extended << 8 | low
@@ -91,7 +94,9 @@ def _steps(code: CodeType, start: Place, end: Place) -> list[Step]:
             extended = argument
             continue
         extended = 0
-        if column is None or end_line is None or (line, column) < start or (end_line, end_column) > end:
+        if column is None or end_line is None:
+            continue
+        if (line == first and column < start[1]) or (end_line >= last and (end_line, end_column) > end):
             continue
         kind, what = kinds.get(op, _PLAIN)
         was_closed = is_closed
@@ -119,6 +124,12 @@ def _steps(code: CodeType, start: Place, end: Place) -> list[Step]:
             if kind != "function attribute" or flags != _CLOSURE:
                 found.append((line, column, op, flags))
     return found
+
+
+def _window(code: CodeType, first: int, last: int) -> range:
+    """Return the instructions among which are all of some lines: a function may be long, and its block short."""
+    inside = [(start, end) for start, end, line in code.co_lines() if line is not None and first <= line <= last]
+    return range(inside[0][0] // 2, inside[-1][1] // 2) if inside else range(0)
 
 
 def _constant(code: CodeType, index: int, step: Step) -> list[Step]:
