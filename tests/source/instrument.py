@@ -164,7 +164,9 @@ def instrumented(kind):
     with open(module.__file__, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     tree = ast.fix_missing_locations(_Recording().visit(tree))
-    made, recorder = types.ModuleType(module.__name__), Recorder()
+    # A name of its own: transformers keeps what it knows of a class by the name.
+    made, recorder = types.ModuleType(f"recording.{module.__name__}"), Recorder()
     made.__dict__.update(__file__=module.__file__, __package__=module.__package__, **{RECORD: recorder})
+    sys.modules[made.__name__] = made  # where type hints of its classes are looked up
     exec(compile(tree, module.__file__, "exec"), made.__dict__)
     return getattr(made, kind.__name__), recorder
