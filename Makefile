@@ -56,8 +56,10 @@ lint: venv
 	@$(BIN) -m mypy
 
 test: lint
-	@echo "[test] pytest"
+	@echo "[test 1/2] pytest"
 	@HF_HUB_OFFLINE=1 $(BIN) -m pytest
+	@echo "[test 2/2] the core's tests once more, with the model side in a thread"
+	@HF_HUB_OFFLINE=1 NNSIGHT_MODEL_SIDE=thread $(BIN) -m pytest tests/core
 
 bench: venv
 	@test -n "$(BENCHMARKS)" || { echo "error: no tests/benchmarks/bench_*.py here"; exit 1; }
