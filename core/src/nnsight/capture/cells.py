@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import weakref
@@ -49,11 +50,10 @@ class Scope:
         #: The cells of the frame that are known so far: blocks of one frame share them.
         self._frame_cells: dict[str, CellType] = {} if previous is None else previous._frame_cells
         self._live = {name: self._frame_cell(name) for name in block.live} if block.live else {}
-        self._outer_load = _outer_load(frame) if block.is_nested else None
-        unbound: frozenset[str] = frozenset()
-        if self._outer_load is not None:
-            unbound = frozenset(n for n in self._outer_load.names if _content(self._live.get(n)) is _MISSING)
-        self._plan = plan_of(block, previous.reach if previous is not None else _NOTHING, self._values, unbound)
+        reach = previous.reach if previous is not None else _NOTHING
+        if block.is_nested:
+            self._read_around(frame, block.exposed - reach)
+        self._plan = plan_of(block, reach, self._values)
         self.reach: frozenset[str] = self._plan.reach
         self._cells = self._fresh_cells()
 
@@ -71,11 +71,21 @@ class Scope:
         """
         new = cls.__new__(cls)
         new.block, new.frame, new.is_over, new.previous = block, None, False, None
-        new._globals, new._values, new._live, new._frame_cells, new._outer_load = namespace, values, live, {}, None
-        new._plan = plan_of(block, _NOTHING, values, _NOTHING)
+        new._globals, new._values, new._live, new._frame_cells = namespace, values, live, {}
+        new._plan = plan_of(block, _NOTHING, values)
         new.reach = new._plan.reach
         new._cells = new._fresh_cells()
         return new
+
+    def _read_around(self, frame: FrameType, names: frozenset[str]) -> None:
+        """Ask for the names that the block around this one reads from others, now: later it cannot be left to wait."""
+        load = _outer_load(frame)
+        if load is None:
+            return
+        for name in names & load.names:
+            if name not in self._values and name not in self._live:
+                with contextlib.suppress(NameError):
+                    self._values[name] = load(name)
 
     def _fresh_cells(self) -> dict[str, CellType]:
         """Return the cells at the start: empty for what the block binds, so that it shows when it has."""
@@ -106,7 +116,7 @@ class Scope:
         plan, code = self._plan, self._plan.compile(self.block)
         cells = {**self._cells, ENTERED: CellType(entered)}
         if plan.loads:
-            cells[LOAD] = CellType(self._outer_load or Loader(self, plan.marked, wait))
+            cells[LOAD] = CellType(Loader(self, plan.marked, wait))
         closure = tuple([cells[name] for name in code.co_freevars])
         return FunctionType(code, self._globals, code.co_name, None, closure)
 
@@ -194,7 +204,6 @@ class Scope:
         self.is_over = True
         self.frame = None
         self.previous = None
-        self._outer_load = None
         self._cells, self._values, self._live, self._frame_cells = {}, {}, {}, {}
 
 

@@ -9,7 +9,7 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,25 @@ class Block:
         is_nested: whether the block stands in another one, which was compiled here.
     """
 
-    def __init__(self, node: ast.With, item: int, code: CodeType, first: str, is_nested: bool) -> None:
+    def __init__(
+        self,
+        node: ast.With,
+        item: int,
+        code: CodeType,
+        first: str,
+        is_nested: bool,
+        shared: frozenset[str] | None = None,
+    ) -> None:
+        """Look into a block.
+
+        Args:
+            node: the `with`.
+            item: which of its items is ours.
+            code: the code that it stands in.
+            first: the first argument of the function it was written in.
+            is_nested: whether that code was compiled here.
+            shared: where all variables of that code are cells because it was compiled here: those that it shares.
+        """
         self.is_nested = is_nested
         self.node, self.item, self.first = node, item, first
         self.filename, self.name, self.qualname = code.co_filename, code.co_name, code.co_qualname
@@ -86,7 +104,7 @@ class Block:
         self.deleted = self._mangled(names.deleted)
         self.names = (self.bound | self.loaded) - self.declared_global
         self.variables = self.names & self.local
-        self.live = _shared_names(code, self)
+        self.live = _shared_names(code, self, shared)
         self._plain = {mangle(name, self.owner): name for name in names.bound | names.loaded}
         #: Whether the body cannot be compiled just as it is written.
         self._is_rewritten = names.uses_super or names.has_annotations or item < len(node.items) - 1
@@ -251,7 +269,8 @@ def _read(frame: FrameType) -> Block:
         node, item = find_with(frame)
     # A compiled body takes no arguments: what `super()` in it means is the first one of the function it was written in.
     first = outer.first if outer is not None and not code.co_argcount else _first_argument(code)
-    block = Block(node, item, code, first, outer is not None)
+    is_body = outer is not None and any(found is code for found in outer._variants.values())
+    block = Block(node, item, code, first, outer is not None, outer.live if outer is not None and is_body else None)
     if block.unmovable:
         statement = block.unmovable[0]
         word, way_out = _UNMOVABLE.get(type(statement), _ASYNC_COMPREHENSION)
@@ -286,7 +305,7 @@ def owner_class(code: CodeType) -> str:
     return ""
 
 
-def _shared_names(code: CodeType, block: Block) -> frozenset[str]:
+def _shared_names(code: CodeType, block: Block, shared: frozenset[str] | None) -> frozenset[str]:
     """Return the names whose one cell must be used: those that functions outside the block share with it.
 
     A variable that such a function only reads, and the block does not bind, is taken at its value on entry: a loop's
@@ -294,13 +313,30 @@ def _shared_names(code: CodeType, block: Block) -> frozenset[str]:
     """
     if not code.co_cellvars and not code.co_freevars:
         return frozenset()
-    live = block.names & frozenset(code.co_freevars)
+    free, own = frozenset(code.co_freevars), frozenset(code.co_cellvars)
+    if shared is not None:
+        free, own = free & shared, own | free - shared
+    live = block.names & free
     first, last = block.node.lineno, block.node.end_lineno or block.node.lineno
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType) and not first <= inner.co_firstlineno <= last:
-            used = block.names & frozenset(inner.co_freevars) & frozenset(code.co_cellvars)
+    for inner in _functions_in(code):
+        if not first <= inner.co_firstlineno <= last:
+            used = block.names & frozenset(inner.co_freevars) & own
             live |= {name for name in used if name in block.bound or _stores(inner, name)}
     return live
+
+
+#: What runs where it stands, so that no block can call it.
+_AT_ONCE = ("<listcomp>", "<setcomp>", "<dictcomp>")
+
+
+def _functions_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield the functions that are made in code, those in its comprehensions included."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            if constant.co_name in _AT_ONCE:
+                yield from _functions_in(constant)
+            else:
+                yield constant
 
 
 def _stores(code: CodeType, name: str) -> bool:

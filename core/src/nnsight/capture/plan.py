@@ -24,10 +24,10 @@ class Plan:
 
     __slots__ = ("_code", "empty", "given", "loads", "marked", "reach")
 
-    def __init__(self, block: Block, shared: frozenset[str], have: Collection[str], unbound: frozenset[str]) -> None:
+    def __init__(self, block: Block, shared: frozenset[str], have: Collection[str]) -> None:
         names, bound, live = block.names, block.bound, block.live
         self.reach = shared if bound <= shared else shared | bound
-        others = ((shared & names) | bound.intersection(have)) - live | unbound
+        others = ((shared & names) | bound.intersection(have)) - live
         self.marked: frozenset[str] = (block.exposed & others if others else others) - block.deleted
         own = names - live
         kept = own.intersection(have) - self.marked
@@ -47,17 +47,16 @@ class Plan:
         return code
 
 
-def plan_of(block: Block, shared: frozenset[str], have: Collection[str], unbound: frozenset[str]) -> Plan:
+def plan_of(block: Block, shared: frozenset[str], have: Collection[str]) -> Plan:
     """Return the plan for a block that is entered.
 
     Args:
         block: which.
         shared: the names that blocks before it bind.
         have: the names of the block that the frame has values for.
-        unbound: names that the block around this one reads from others, and has not bound itself yet.
     """
-    key = (shared, tuple(have), unbound)
+    key = (shared, tuple(have))
     plan = block.plans.get(key)
     if plan is None:
-        plan = block.plans[key] = Plan(block, shared, have, unbound)
+        plan = block.plans[key] = Plan(block, shared, have)
     return plan
