@@ -294,8 +294,9 @@ def test_request_from_another_thread_says_so_and_the_block_goes_on(net, model, c
 
     def elsewhere(request):
         run = contextvars.copy_context().run if carry_context else lambda function: function()
-        with pytest.raises(WrongThreadError, match="Read values in the block's own thread and hand them over"):
+        with pytest.raises(WrongThreadError, match="Read values in the block's own thread and hand them over") as told:
             in_thread(run, request)
+        return str(told.value)
 
     with model.trace(x) as tracer:
         elsewhere(lambda: model.h[0].output)
@@ -305,7 +306,9 @@ def test_request_from_another_thread_says_so_and_the_block_goes_on(net, model, c
         elsewhere(lambda: setattr(model.h[0], "output", hidden))
         elsewhere(lambda: model.h[1].skip(hidden))
         elsewhere(lambda: model.h[1](hidden, hook=True))
-        elsewhere(lambda: tracer.result)
+        carried = "A value" if carry_context else "`tracer.result`"
+        assert elsewhere(lambda: tracer.result).startswith(carried)
+        assert "`tracer.stop`" in elsewhere(tracer.stop)
         assert model.h[0].output is hidden
         result = tracer.result
     assert torch.equal(result, net(x))

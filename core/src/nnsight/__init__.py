@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nnsight.builtin.eproperty import eproperty as eproperty
     from nnsight.builtin.explain import Explanation as Explanation
     from nnsight.builtin.explain import explain as explain
+    from nnsight.builtin.places import Places as Places
     from nnsight.config import CONFIG as CONFIG
     from nnsight.errors import BatchError as BatchError
     from nnsight.errors import CacheError as CacheError
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from nnsight.kernel.controller import current_run as current_run
     from nnsight.kernel.interleaver import Interleaver as Interleaver
     from nnsight.kernel.mediator import Mediator as Mediator
-    from nnsight.kernel.places import Places as Places
     from nnsight.tracing.model import Envoy as Envoy
     from nnsight.tracing.model import NNsight as NNsight
     from nnsight.tracing.model import traceable as traceable
@@ -92,7 +92,7 @@ _PUBLIC = {
     "nnsight.kernel.controller": ("current_run",),
     "nnsight.kernel.interleaver": ("Interleaver",),
     "nnsight.kernel.mediator": ("Mediator",),
-    "nnsight.kernel.places": ("Places",),
+    "nnsight.builtin.places": ("Places",),
     "nnsight.joint.containers": ("register_container",),
     "nnsight.joint.invoker": ("Capture", "Invoker"),
     "nnsight.tracing.model": ("Envoy", "NNsight", "traceable"),

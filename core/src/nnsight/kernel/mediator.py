@@ -235,6 +235,8 @@ class Mediator:
 
     def stop(self) -> None:
         """End this block here, and the run once its siblings at this visit are served."""
+        if _get_ident() != self.thread:
+            raise wrong_thread("`tracer.stop`", self)
         raise StopBlock(self)
 
     def take_down(self) -> None:

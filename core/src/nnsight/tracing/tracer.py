@@ -235,7 +235,7 @@ class Tracer:
     @property
     def result(self) -> Any:
         """What the traced call returns: the model's output, or the generated ids. Ends the run when read."""
-        mediator = self._current()
+        mediator = self._current("result")
         assert mediator.tree is not None
         try:
             return mediator.read(mediator.tree.result)
@@ -245,7 +245,7 @@ class Tracer:
 
     def stop(self) -> None:
         """End the block here and the run with it; what follows in the block is not run."""
-        self._current().stop()
+        self._current("stop").stop()
 
     @property
     def iter(self) -> Steps:
@@ -273,18 +273,18 @@ class Tracer:
         Raises:
             TracerStateError: the tracer is not open.
         """
-        return self._current()
+        return self._current("block")
 
     def _first_input(self) -> int:
         assert self._envoy is not None
         return self._envoy._number
 
-    def _current(self) -> Mediator:
+    def _current(self, port: str) -> Mediator:
         """Return the block of this run that the calling code is in."""
         run, mediator = self._run, self._mediator
         if run is None or mediator is None or run.tree is None:
             raise TracerStateError(_NOT_ENTERED.format(method=self._method))
-        return find(run.tree, of_tracer=self) or require(run.tree, "tracer", "a value")
+        return find(run.tree, of_tracer=self) or require(run.tree, "tracer", port)
 
     def __getattr__(self, name: str) -> Any:
         kept = self.__dict__.pop("_kept_error", None)
