@@ -74,7 +74,7 @@ def test_pass_before_the_source_was_asked_for_is_out_of_order():
         with tracer.iter[1]:
             with pytest.raises(OutOfOrderError, match="has already passed it"):
                 model.part.source.torch_tanh_0.output
-            with pytest.raises(OutOfOrderError, match=r"had made 3 passes over `Part.forward`"):
+            with pytest.raises(OutOfOrderError, match=r"had already made 3 passes over `Part.forward`"):
                 model.part.source.torch_mul_0.output
         with tracer.iter[3]:
             third = model.part.source.torch_mul_0.output

@@ -105,6 +105,21 @@ def test_reload_is_seen(tmp_path, monkeypatch):
     assert torch.equal(got, torch.tanh(torch.sigmoid(X)))
 
 
+def test_source_taken_before_the_forward_was_replaced_is_an_error(monkeypatch):
+    model = NNsight(Base())
+    old = model.source
+
+    def forward(self, x):
+        return torch.sin(torch.relu(x))
+
+    monkeypatch.setattr(Base, "forward", forward)
+    with model.trace(X):
+        with pytest.raises(SourceError, match="the module has another forward by now. Take the source again"):
+            old.torch_relu_0.output
+        sine = model.source.torch_sin_0.output
+    assert torch.equal(sine, torch.sin(torch.relu(X)))
+
+
 def test_file_edited_since_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "reloaded_forward.py"

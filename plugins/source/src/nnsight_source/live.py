@@ -21,6 +21,10 @@ from nnsight_source.rewrite import OPERATORS, known_rewritten
 from nnsight_source.spots import Rewritten
 from nnsight_source.syntax import CALL, VALUE
 
+_REPLACED = (
+    "This `.source` is of `{name}` as it was when the source was taken, and the module has another forward by now. "
+    "Take the source again."
+)
 _operator_cells = {name: CellType(function) for name, function in OPERATORS.items()}
 
 
@@ -162,11 +166,13 @@ class _Table:
         run.closing = [*run.closing, self]
 
     def add_module(self, module: nn.Module, around: int, live: Live) -> Live:
-        """Put the rewritten forward of a module in place."""
+        """Put the rewritten forward of a module in place, unless the module has another forward by now."""
         self.lives[live.first] = live
         self._modules.append((module, around, live.first))
         anchor = Anchor(module)
         inner, rebuild = peel(anchor.value)
+        if known_rewritten(inner.__code__) is not live.rewritten:
+            return live
         self.forwards[id(module)] = _without_visits(anchor.bind(rebuild(live.around(inner))))
         self._leaving.append(stand_in(anchor, _forward_in_run))
         return live
@@ -217,7 +223,12 @@ def look_into_module(run: Interleaver, first: int, around: int, module: nn.Modul
         around: the number of the module's input.
         module: the module.
         rewritten: its forward.
+
+    Raises:
+        SourceError: the module has another forward by now.
     """
+    if known_rewritten(peel(Anchor(module).value)[0].__code__) is not rewritten:
+        raise SourceError(_REPLACED.format(name=rewritten.name))
     live = _begin(run, rewritten, first, around)
     return (_tables.get(run) or _Table(run)).add_module(module, around, live)
 

@@ -50,6 +50,8 @@ def peel(target: Any, depth: int = _DEPTH) -> tuple[FunctionType, Rebuild]:
 
 def name_of(target: Any) -> str:
     """Return what messages call a callable."""
+    if isinstance(target, BuiltinFunctionType):
+        return target.__name__  # its qualified name may be that of a class inside torch
     return str(getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__name__)
 
 

@@ -27,9 +27,9 @@ from nnsight_source.rewrite import rewritten
 from nnsight_source.spots import Rewritten, Spot
 
 _UNCOUNTED = (
-    "Value was missed for `{path}`: this run had made {passes} passes over `{name}` before anything in it was asked "
-    "for, and the source does not tell how many of them reached this operation. Take `{source}` before the first "
-    "(`inside = {source}`, in the block): from then on all are counted."
+    "Value was missed for `{path}`: the run had already made {passes} passes over `{name}` when something in it was "
+    "first asked for, and it is not known how many of them reached this operation. Ask for it before what runs later, "
+    "or take `{source}` before the first pass (`inside = {source}`, in the block): from then on all are counted."
 )
 _ENTERED = (
     "Value was missed for `{path}`: the run is inside `{name}` already{where}, and nothing in it was asked for before "
