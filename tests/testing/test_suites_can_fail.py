@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
+from outcomes import failing
 from torch import nn
 
 from nnsight import BatchError, NNsight, traceable
@@ -35,17 +35,6 @@ class OfNet(ModelConformance):
 
     def inputs(self):
         return [rows(0, 2), rows(1, 3)]
-
-
-def failing(suite, *names):
-    """Run the tests of a suite and return the names of those that fail."""
-    failed = set()
-    for name in sorted(names or (name for name in dir(suite) if name.startswith("test_"))):
-        try:
-            getattr(suite(), name)()
-        except (Exception, pytest.fail.Exception):
-            failed.add(name)
-    return failed
 
 
 def broken(**members):

@@ -16,6 +16,8 @@ from nnsight.config import CONFIG
 
 #: The top-level packages whose frames are left out. What a third party registers is not ours: it may be the user's.
 _OURS = frozenset({"nnsight", *(f"nnsight_{name}" for name in KNOWN["nnsight"])})
+#: Where tests are that a plugin runs: what they do in a block is what users do.
+_PROGRAMS = "nnsight.testing."
 
 
 def hide(error: BaseException) -> None:
@@ -60,4 +62,6 @@ def users_line() -> str:
 
 def _is_ours(frame: FrameType) -> bool:
     name = frame.f_globals.get("__name__", "")
-    return isinstance(name, str) and name.partition(".")[0] in _OURS
+    if not isinstance(name, str) or name.startswith(_PROGRAMS):
+        return False
+    return name.partition(".")[0] in _OURS

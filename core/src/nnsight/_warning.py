@@ -15,4 +15,4 @@ def warn_user(text: str, category: type[Warning]) -> None:
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("nnsight", "importlib")
+    return module.partition(".")[0] in ("nnsight", "importlib") and not module.startswith("nnsight.testing.")

@@ -19,9 +19,17 @@ if TYPE_CHECKING:
     from nnsight.testing._suite import changed as changed
     from nnsight.testing._suite import dropped as dropped
     from nnsight.testing._suite import reasons as reasons
+    from nnsight.testing._transport import CAPTURED as CAPTURED
+    from nnsight.testing._transport import INLINE as INLINE
+    from nnsight.testing._transport import Transport as Transport
     from nnsight.testing.models import ModelConformance as ModelConformance
+    from nnsight.testing.transports import TransportConformance as TransportConformance
 
 _MODULE_OF = {
+    "CAPTURED": "_transport",
+    "INLINE": "_transport",
+    "Transport": "_transport",
+    "TransportConformance": "transports",
     "Given": "_model",
     "LazyConformance": "_lazy",
     "LoadedPlugin": "_loading",
@@ -34,7 +42,10 @@ _MODULE_OF = {
     "reasons": "_suite",
 }
 # Their assertions explain themselves as those of a test file do.
-_SUITES = ("_features", "_idle", "_joining", "_lazy", "_reading", "_running", "_steps", "_writing")
+_SUITES = (
+    "_features", "_idle", "_joining", "_lazy", "_programs_beyond", "_programs_blocks", "_programs_runs",
+    "_programs_values", "_reading", "_running", "_steps", "_writing",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

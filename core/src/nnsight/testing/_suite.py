@@ -17,6 +17,8 @@ from nnsight.errors import ConformanceError
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
+Raises = type[BaseException] | tuple[type[BaseException], ...] | None
+
 _REASON = "_nnsight_reason"
 
 
@@ -26,11 +28,13 @@ class Dropped:
     Args:
         reason: why.
         is_run: whether the test runs and has to fail.
+        raises: with what it has to fail; None for anything.
     """
 
-    def __init__(self, reason: str, is_run: bool) -> None:
+    def __init__(self, reason: str, is_run: bool, raises: Raises) -> None:
         self.reason = reason
         self.is_run = is_run
+        self.raises = raises
 
     def instead_of(self, test: Callable[..., Any]) -> Callable[..., Any]:
         """Return what the class has in the place of the test: the test, expected to fail."""
@@ -40,13 +44,13 @@ class Dropped:
             return test(*args, **kwargs)
 
         setattr(expected_to_fail, _REASON, self.reason)
-        marked: Callable[..., Any] = pytest.mark.xfail(reason=self.reason, run=self.is_run, strict=True)(
-            expected_to_fail
-        )
+        marked: Callable[..., Any] = pytest.mark.xfail(
+            reason=self.reason, run=self.is_run, raises=self.raises, strict=True
+        )(expected_to_fail)
         return marked
 
 
-def dropped(reason: str, *, run: bool = True) -> Any:
+def dropped(reason: str, *, run: bool = True, raises: Raises = None) -> Any:
     """Leave a test of a suite out.
 
     It stands in the class under the test's name: `test_scan_gives_shapes = dropped("the forward reads values")`.
@@ -55,11 +59,12 @@ def dropped(reason: str, *, run: bool = True) -> Any:
     Args:
         reason: why the model or transport cannot keep to it; it is shown in the report of the tests.
         run: False for a test that must not even be tried, because it would hang or crash.
+        raises: the error that the test has to fail with, where the model or transport refuses by one.
 
     Raises:
         ConformanceError: the reason says nothing.
     """
-    return Dropped(_checked(reason), run)
+    return Dropped(_checked(reason), run, raises)
 
 
 def changed(reason: str) -> Callable[[Test], Test]:

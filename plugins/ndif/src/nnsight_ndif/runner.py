@@ -135,5 +135,9 @@ _PACKAGES = tuple(
 )
 
 
+#: Programs that test a transport are users' programs, wherever they are.
+_PROGRAMS = os.path.join(_PACKAGES[0], "testing", "")
+
+
 def _is_ours(filename: str) -> bool:
-    return filename.startswith(_PACKAGES)
+    return filename.startswith(_PACKAGES) and not filename.startswith(_PROGRAMS)

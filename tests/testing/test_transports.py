@@ -1,0 +1,38 @@
+"""Every way for a block to get to where it runs keeps to one list of programs.
+
+What `remote="local"` does not do is in docs/isolation.md.
+"""
+
+from __future__ import annotations
+
+from nnsight import InputError
+from nnsight.testing import CAPTURED, INLINE, Transport, TransportConformance, dropped
+
+
+class TestInline(TransportConformance):
+    transport = INLINE
+
+
+class TestCaptured(TransportConformance):
+    transport = CAPTURED
+
+
+KEEPS = "a value that is written in a runner keeps its structure, shape and dtype"
+COPIES = "a runner gets copies of the caller's variables, and only what was saved comes back"
+MODEL = "a block in a runner cannot change the model"
+
+
+class TestLocal(TransportConformance):
+    transport = Transport("local", {"remote": "local"})
+
+    test_argument_that_was_not_given_is_added = dropped(KEEPS, raises=InputError)
+    test_value_of_another_shape_and_dtype_flows_on = dropped(KEEPS, raises=InputError)
+    test_function_of_the_caller_counts_in_a_variable_of_the_caller = dropped(COPIES)
+    test_list_of_the_caller_is_filled = dropped(COPIES)
+    test_weights_are_changed = dropped(MODEL, raises=InputError)
+    test_module_is_attached = dropped(MODEL, raises=NotImplementedError)
+    test_weights_get_gradients = dropped("weights get no gradients from a runner: they are asked for by autograd.grad")
+    test_function_drives_the_model = dropped("a function that drives the model stays here", raises=NotImplementedError)
+    test_autocast_around_the_block_holds_in_the_model = dropped(
+        "autocast is opened inside of a block in a runner", raises=NotImplementedError
+    )
