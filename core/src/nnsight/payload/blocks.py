@@ -105,6 +105,8 @@ class SentBlock:
                 pass
             case _:
                 raise PayloadError("The block in this payload is malformed.")
+        if "\0" in filename:
+            raise PayloadError("The block in this payload is of no file.")
         filename = called(filename)
         self._kind = kind
         self._block = _block(data, filename, line, text)
@@ -162,9 +164,9 @@ def _block(data: dict[str, Any], filename: str, line: int, text: str) -> Block:
         case _:
             raise PayloadError("The block in this payload is malformed.")
     known = [*local, *live, *declared, *([first] if first else [])]
-    if not all(type(name) is str and name.isidentifier() for name in known) or "\0" in filename + name + qualname:
+    if not all(type(name) is str and name.isidentifier() for name in known) or "\0" in name + qualname:
         raise PayloadError(f"The block in this payload has a name that is none: {known}.")
-    if not 0 < line < 1 << 24 or not all(name in FUTURES for name in futures if type(name) is str):
+    if not 0 < line < 1 << 24 or not all(type(name) is str and name in FUTURES for name in futures):
         raise PayloadError("The block in this payload is at no place that it can be at.")
     try:
         node = parse_lines(text, line)

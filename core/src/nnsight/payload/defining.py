@@ -255,7 +255,7 @@ class Definitions:
             case _:
                 raise PayloadError("A source in this payload is malformed.")
         is_placed = 0 < line < 1 << 24 and 0 <= column < 1 << 16 and "\0" not in filename
-        if not is_placed or not all(name in FUTURES for name in futures if type(name) is str):
+        if not is_placed or not all(type(name) is str and name in FUTURES for name in futures):
             raise PayloadError("A source in this payload is at no place that it can be at.")
         filename = self._called(filename)
         found = Source(filename, line, column, text, owner, tuple(futures), is_lambda)

@@ -78,7 +78,7 @@ class Unpacker:
         self._depth += 1
         try:
             return make(self, data)
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
+        except _MALFORMED as error:
             if isinstance(error, PayloadError):
                 raise
             raise PayloadError(f"This payload holds a malformed value of the kind {data[0]!r}: {error}.") from None
@@ -138,6 +138,8 @@ class Unpacker:
                 for key, item in self.pairs(pairs[1:]):
                     put.__setitem__(new, key, item)
             for name, item in fields.items():
+                if name.startswith("__") and name.endswith("__"):
+                    raise ValueError(f"it has an attribute {name!r}")
                 object.__setattr__(new, name, self.value(item))
         except BaseException:
             if number is not None:
@@ -250,6 +252,10 @@ def _default(unpacker: Unpacker, data: list[Any]) -> Any:
     return collections.defaultdict(factory, unpacker.pairs(data[2:]))
 
 
+#: What comes of data that is not as it should be.
+_MALFORMED = (
+    ValueError, TypeError, LookupError, OverflowError, RuntimeError, AttributeError, MemoryError, re.error,
+)  # fmt: skip
 _PLAIN = (type(None), bool, int, float, str)
 _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "list": lambda unpacker, data: unpacker.items(data[1:]),
