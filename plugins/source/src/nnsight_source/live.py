@@ -165,24 +165,23 @@ class _Table:
         _tables[run] = self
         run.closing = [*run.closing, self]
 
-    def add_module(self, module: nn.Module, around: int, live: Live) -> Live:
-        """Put the rewritten forward of a module in place, unless the module has another forward by now."""
-        self.lives[live.first] = live
-        self._modules.append((module, around, live.first))
+    def add_module(self, module: nn.Module, around: int, live: Live) -> bool:
+        """Put the rewritten forward of a module in place; False when the module has another forward by now."""
         anchor = Anchor(module)
         inner, rebuild = peel(anchor.value)
         if known_rewritten(inner.__code__) is not live.rewritten:
-            return live
+            return False
+        self.lives[live.first] = live
+        self._modules.append((module, around, live.first))
         self.forwards[id(module)] = _without_visits(anchor.bind(rebuild(live.around(inner))))
         self._leaving.append(stand_in(anchor, _forward_in_run))
-        return live
+        return True
 
-    def add_call(self, outer: Live, index: int, live: Live) -> Live:
+    def add_call(self, outer: Live, index: int, live: Live) -> None:
         """Put a rewritten function in place, wherever one operation calls the function."""
         self.lives[live.first] = live
         self._calls.append((outer.first, index, live.first))
         outer.inner.setdefault(index, []).append(live)
-        return live
 
     def __call__(self) -> None:
         del _tables[self.run]
@@ -195,7 +194,8 @@ class _Table:
         for module, around, first in self._modules:
             table.add_module(module, around, table.copy(self.lives[first], around))
         for outer, index, first in self._calls:
-            table.add_call(table.lives[outer], index, table.copy(self.lives[first], outer + index))
+            if outer in table.lives:
+                table.add_call(table.lives[outer], index, table.copy(self.lives[first], outer + index))
 
     def copy(self, live: Live, around: int) -> Live:
         """Return a function of another table for this one's run, counted as it was then."""
@@ -227,10 +227,10 @@ def look_into_module(run: Interleaver, first: int, around: int, module: nn.Modul
     Raises:
         SourceError: the module has another forward by now.
     """
-    if known_rewritten(peel(Anchor(module).value)[0].__code__) is not rewritten:
-        raise SourceError(_REPLACED.format(name=rewritten.name))
     live = _begin(run, rewritten, first, around)
-    return (_tables.get(run) or _Table(run)).add_module(module, around, live)
+    if not (_tables.get(run) or _Table(run)).add_module(module, around, live):
+        raise SourceError(_REPLACED.format(name=rewritten.name))
+    return live
 
 
 def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewritten: Rewritten) -> Live:
@@ -244,7 +244,8 @@ def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewrit
         rewritten: the function that it calls.
     """
     live = _begin(run, rewritten, first, outer.first + index)
-    return _tables[run].add_call(outer, index, live)
+    _tables[run].add_call(outer, index, live)
+    return live
 
 
 def _begin(run: Interleaver, rewritten: Rewritten, first: int, around: int) -> Live:
