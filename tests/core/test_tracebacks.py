@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 
 import pytest
 import torch
 from modules import Calls, Net, assert_usable, python, rows, seeded
+from torch import nn
 
 from nnsight import CONFIG, NNsight
 from nnsight.errors import (
@@ -349,8 +351,11 @@ def test_model_error_names_the_line_of_the_edit_before_it(model, net):
         with model.trace(rows()):
             model.h[0].output = torch.zeros(3, 5)  # inline edit
             _ = model.lm_head.output
-    where = f"{__file__}:{line_of('inline edit')}"
-    assert notes(caught.value) == f"in `model.h.1.attn` (occurrence 0), after `model.h.0.output` was changed at {where}"
+    where, how = f"{__file__}:{line_of('inline edit')}", "from float32[2, 8] to float32[3, 5]"
+    assert (
+        notes(caught.value)
+        == f"in `model.h.1.attn` (occurrence 0), after `model.h.0.output` was changed {how} at {where}"
+    )
     assert_usable(model, net, rows())
 
 
@@ -358,14 +363,61 @@ def test_model_error_at_the_end_of_the_with_names_the_edit_too(model):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         with model.trace(rows()):
             model.h[0].input = torch.zeros(3, 5)  # edit of an input
-    assert f"`model.h.0.input` was changed at {__file__}:{line_of('edit of an input')}" in notes(caught.value)
+    where, how = f"{__file__}:{line_of('edit of an input')}", "from float32[2, 8] to float32[3, 5]"
+    assert f"`model.h.0.input` was changed {how} at {where}" in notes(caught.value)
 
 
 def test_skip_counts_as_an_edit(model):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         with model.trace(rows()):
             model.h[0].skip(torch.zeros(3, 5))  # skipped
-    assert f"`model.h.0.input` was changed at {__file__}:{line_of('skipped')}" in notes(caught.value)
+    where = f"{__file__}:{line_of('skipped')}"
+    assert f"`model.h.0` was skipped with float32[3, 5] at {where}" in notes(caught.value)
+
+
+def test_note_names_both_shapes_also_inside_of_what_holds_them():
+    def forward(module, x):
+        parts = module.a(x)
+        return module.b(parts[0]) + parts[1]["scale"]
+
+    net = seeded(Calls, forward)
+    net.a, net.b = Calls(lambda self, x: (x, {"scale": x.sum(), "left": None})), nn.Linear(8, 8)
+    model = NNsight(net)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        with model.trace(rows()):
+            old = model.a.output
+            model.a.output = (torch.zeros(3, 5), *old[1:])
+    assert "`model.a.output` was changed from float32[2, 8] to float32[3, 5] at" in notes(caught.value)
+    with pytest.raises(IndexError) as caught:
+        with model.trace(rows()):
+            model.a.output = model.a.output[0]  # forgets that it is a tuple
+            _ = model.b.output
+    assert (
+        "`model.a.output` was changed from (float32[2, 8], {scale: float32[], left: None}) to float32[2, 8]"
+        in notes(caught.value)
+    )
+
+
+def test_note_names_both_shapes_where_an_invoke_changes_the_whole_batch(model):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        with model.trace() as tracer:
+            with tracer.invoke(rows()):
+                model.h[0].output = torch.zeros(2, 5)
+    assert "`model.h.0.output` was changed from float32[2, 8] to float32[2, 5] at" in notes(caught.value)
+
+
+def test_values_without_a_shape_can_be_assigned_all_the_same():
+    net = seeded(Calls, lambda self, x: self.b(self.a(x)))
+    net.a, net.b = Calls(lambda self, x: x), Calls(lambda self, x: "nothing" if x is None else x)
+    model = NNsight(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for value in (nested, None, [1], {"a": rows()}, "text"):
+        with model.trace(rows()) as tracer:
+            model.a.output = value
+            result = tracer.result
+        assert result is ("nothing" if value is None else value)
 
 
 def test_edit_made_by_a_helper_is_named_by_the_line_of_the_block(model):
@@ -459,7 +511,9 @@ def test_nested_traces_say_where_each_model_was(model):
             hidden = model.h[0].output
             with inner.trace(hidden):
                 inner.h[0].output = torch.zeros(3, 5)
-    assert notes(caught.value).startswith("in `model.h.1.attn` (occurrence 0), after `model.h.0.output` was changed at")
+    assert notes(caught.value).startswith(
+        "in `model.h.1.attn` (occurrence 0), after `model.h.0.output` was changed from"
+    )
     assert notes(caught.value).count("in `") == 1
 
 

@@ -19,7 +19,7 @@ CORE = ROOT / "core" / "src" / "nnsight"
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 SOURCES = sorted([*CORE.rglob("*.py"), *(path for plugin in PLUGINS for path in (plugin / "src").rglob("*.py"))])
 
-LAYERS = ["errors", "protocols", "kernel", "capture", "joint", "tracing", "payload", "builtin"]
+LAYERS = ["errors", "_words", "protocols", "kernel", "capture", "joint", "tracing", "payload", "builtin"]
 FOREIGN = {"accelerate", "diffusers", "httpx", "tokenizers", "transformers", "vllm"}
 # Importing either package installs the alias finder: that is what they are for.
 SIDE_EFFECTS = {"nnsight/modeling/__init__.py": ["install()"], "nnsight/intervention/__init__.py": ["install()"]}

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nnsight._words import nearest
 from nnsight.builtin.cached import Cache, Record
 from nnsight.builtin.copying import Copier, make_copier
-from nnsight.builtin.paths import every_name, find, nearest
+from nnsight.builtin.paths import every_name, find
 from nnsight.errors import CacheError, CacheWarning, InputError
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.mediator import Mediator

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
-from nnsight.builtin.paths import Table, nearest, table_of
-from nnsight.builtin.sizes import describe, readable, size_of
+from nnsight._words import describe, nearest
+from nnsight.builtin.paths import Table, table_of
+from nnsight.builtin.sizes import readable, size_of
 from nnsight.errors import CacheError, NotCachedError
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.location import ROOT, Tree
@@ -305,7 +306,10 @@ class Cache:
         index = self._index()
         visits = sum(map(len, index.values()))
         head = f"Cache of {len(index)} modules, {visits} visits, {readable(self.nbytes)}"
-        rows = [f"  {path}: {next(iter(found.values()))!r}{_more(found)}" for path, found in list(index.items())[:12]]
+        rows = [
+            f"  {path}: {next(iter(found.values()))!r}{f' and {len(found) - 1} more' * (len(found) > 1)}"
+            for path, found in list(index.items())[:12]
+        ]
         rest = [f"  ... {len(index) - 12} more; `.tree()` shows all"] if len(index) > 12 else []
         return "\n".join([head, *rows, *rest])
 
@@ -394,7 +398,3 @@ class Cache:
 
 def _plain(path: Any) -> str:
     return str(path if isinstance(path, str) else path.path).replace("[", ".").replace("]", "")
-
-
-def _more(visits: dict[int, Visit]) -> str:
-    return f" and {len(visits) - 1} more" if len(visits) > 1 else ""

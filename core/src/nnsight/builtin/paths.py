@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.location import ROOT
@@ -60,9 +58,3 @@ def table_of(root: Envoy) -> Table:
         for alias, target in envoy._aliases.items():
             table[envoy._path, alias] = target._path
     return table
-
-
-def nearest(name: str, names: Iterable[Any]) -> str:
-    """Return ` Nearest: ...` with the names closest to a misspelt one, or nothing."""
-    near = difflib.get_close_matches(name, sorted(map(str, names)), n=3, cutoff=0.5)
-    return f" Nearest: {', '.join(near)}." if near else ""

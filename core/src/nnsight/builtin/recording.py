@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from nnsight._frames import users_line
+from nnsight._words import CHANGED, describe
 from nnsight.builtin.explain import Explanation, Request
-from nnsight.builtin.sizes import describe
 from nnsight.joint.captured import CapturedMediator
 from nnsight.kernel.blocks import line_at
 from nnsight.kernel.interleaver import Interleaver
@@ -60,7 +60,7 @@ class _Record:
             tensor = reference()
             if tensor is not None and tensor._version != version:
                 request.is_edited = True
-                seat.edited[number] = position  # so that an error of the model names it, too
+                seat.edited[number] = position, CHANGED  # so that an error of the model names it, too
 
 
 _records: weakref.WeakKeyDictionary[Interleaver, _Record] = weakref.WeakKeyDictionary()

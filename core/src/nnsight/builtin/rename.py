@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nnsight.builtin.paths import nearest, walk
+from nnsight._words import nearest
+from nnsight.builtin.paths import walk
 from nnsight.errors import NamingError
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.location import ROOT

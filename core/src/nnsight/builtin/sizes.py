@@ -1,19 +1,8 @@
-"""Values in few words: types, shapes, bytes."""
+"""How much memory values take."""
 
 from __future__ import annotations
 
 from typing import Any
-
-
-def describe(value: Any) -> str:
-    """Return a value in few words: type and shape of tensors, and what holds them."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(describe, value))})"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {describe(item)}' for key, item in value.items())}}}"
-    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
 
 
 def size_of(value: Any) -> int:

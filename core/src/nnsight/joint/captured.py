@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
+from nnsight import _words as words
 from nnsight._frames import users_line
 from nnsight.capture.cells import Scope
 from nnsight.errors import MissedProviderError
@@ -146,14 +147,16 @@ class CapturedMediator(Mediator):
 
     def write(self, number: int, value: Any) -> None:
         batch = self.batch
+        run = self.standing_at(number) if batch is None else self._at_rows(number, batch)
+        was = run.value
         if batch is None:
-            super().write(number, value)
+            run.value = value
         else:
-            self._splice(self._at_rows(number, batch), number, value)
-        self.edited[number] = users_line()
+            self._splice(run, number, value)
+        self.edited[number] = users_line(), words.change(was, run.value)
 
-    def edits(self) -> list[tuple[int, str]]:
-        return list(self.edited.items())
+    def edits(self) -> list[tuple[int, str, str]]:
+        return [(number, *how) for number, how in self.edited.items()]
 
     def _splice(self, run: Interleaver, number: int, value: Any) -> None:
         """Put this block's rows into the value that the model stands at."""
@@ -166,12 +169,12 @@ class CapturedMediator(Mediator):
         run.value = self.batch.splice(run.value, value, seen, visit, str(self.tree[number]))
 
     def skip(self, number: int, value: Any) -> None:
-        run = self.standing_at(number)
+        run, how = self.standing_at(number), words.skip(value)
         if self.batch is not None:
             assert self.tree is not None
             value = self.batch.skip(value, run.skipped, self.tree[number].path)
         run.skip(number, value)
-        self.edited[number] = users_line()
+        self.edited[number] = users_line(), how
 
     def _at_rows(self, number: int, batch: Batch) -> Interleaver:
         """Wait for a location, and find out what its value has to do with the batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nnsight._words import SKIPPED
 from nnsight.errors import DeadlockError, MissedProviderError, OutOfOrderError
 from nnsight.kernel.blocks import open_blocks
 from nnsight.kernel.controller import make_controller
@@ -67,7 +68,10 @@ def annotate(run: Interleaver, error: BaseException) -> None:
         return
     inline = [block for blocks in list(open_blocks.values()) for block in blocks if getattr(block, "run", None) is run]
     edits = [edit for block in (*run.mediators, *inline) for edit in block.edits()]
-    after = ", ".join(f"{run.tree.show(edited)} was changed at {where}" for edited, where in edits[-_SHOWN:])
+    after = ", ".join(
+        f"{run.tree.show(edited, with_port=not how.startswith(SKIPPED))} was {how} at {where}"
+        for edited, where, how in edits[-_SHOWN:]
+    )
     earlier = f" (and {len(edits) - _SHOWN} changes before)" if len(edits) > _SHOWN else ""
     note = f"in {run.tree.show(number, with_port=False)} (occurrence {run.count(number) - 1})"
     note += f", after {after}{earlier}" if edits else ""

@@ -6,7 +6,6 @@ weakly, so a model is freed without the cyclic collector.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import nn
 
+from nnsight._words import nearest
 from nnsight.errors import NotInTreeError, OrphanError
 from nnsight.kernel import display, growth
 from nnsight.kernel.blocks import find, open_blocks, open_here, require
@@ -72,8 +72,14 @@ class Envoy:
 
     @output.setter
     def output(self, value: Any) -> None:
-        block, number = self._seat("output")
-        block.write(number + 1, value)
+        frame = _getframe(1)  # as above
+        blocks = open_blocks.get(frame) or open_blocks.get(frame.f_back)  # type: ignore[arg-type]
+        tree, number = self._output_at
+        if blocks is not None and blocks[-1].tree is tree:
+            blocks[-1].write(number, value)
+        else:
+            block, number = self._seat("output")
+            block.write(number + 1, value)
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -249,7 +255,7 @@ class Envoy:
         if found is not None:
             return found
         if isinstance(key, str):
-            raise KeyError(f"`{self._path}` has no child {key!r}.{_nearest(key, [*children, *self._aliases])}")
+            raise KeyError(f"`{self._path}` has no child {key!r}.{nearest(key, [*children, *self._aliases])}")
         try:
             return list(children.values())[key]
         except IndexError:
@@ -297,7 +303,7 @@ class Envoy:
                 return found
             raise NotInTreeError(
                 f"`{self._path}` ({type(module).__name__}) has neither a module nor an attribute {name!r}."
-                + _nearest(name, [*self._children, *self._aliases, *(n for n in dir(module) if not n.startswith("_"))])
+                + nearest(name, [*self._children, *self._aliases, *(n for n in dir(module) if not n.startswith("_"))])
             ) from None
 
     def _lookup(self, name: str) -> Any:
@@ -392,8 +398,3 @@ Envoy._own = frozenset(name for name in dir(Envoy) if not name.startswith("__"))
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _nearest(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
-    return f" Nearest: {', '.join(near)}." if near else ""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from nnsight import _words as words
 from nnsight.errors import InputError, MissedProviderError, OutOfOrderError
 from nnsight.kernel import causes
 from nnsight.kernel.blocks import line_at, wrong_thread
@@ -46,7 +47,7 @@ class Mediator:
         number: the location that the block is parked for, at its `occurrence`; -1 for none.
         wanted: location number -> occurrence, where it is parked for any of several.
         served: the number of the location that it was last served with, -1 for none.
-        edited: the locations that the block has assigned, and where in its frame that was, for messages.
+        edited: the locations that the block has assigned, where in its frame that was and what it was, for messages.
         loops: how many loops over steps the block is in.
         first: the first location touched since this was last set to -1.
         is_done: whether a captured block has ended; `error` is what it raised, `is_stopped` whether it stopped the run.
@@ -74,7 +75,7 @@ class Mediator:
         self.passed = self.occurrence = self.loops = self.position = 0
         self.number = self.served = self.first = -1
         self.wanted: dict[int, int] | None = None
-        self.edited: dict[int, Any] = {}
+        self.edited: dict[int, tuple[Any, str]] = {}
         self.is_done = self.is_stopped = self.has_call = False
         self.error: BaseException | None = None
         self.frame: FrameType | None = None
@@ -97,10 +98,10 @@ class Mediator:
         frame = self.frame
         return f"opened at {line_at(frame.f_code, self.position)}" if frame is not None else "(closed)"
 
-    def edits(self) -> list[tuple[int, str]]:
-        """Return the numbers of the locations that the block has assigned, and the user's file and line for each."""
+    def edits(self) -> list[tuple[int, str, str]]:
+        """Return the locations that the block has assigned: number, the user's file and line, what it was."""
         code = None if self.frame is None else self.frame.f_code
-        return [] if code is None else [(number, line_at(code, at)) for number, at in self.edited.items()]
+        return [] if code is None else [(number, line_at(code, at), how) for number, (at, how) in self.edited.items()]
 
     def read(self, number: int) -> Any:
         """Wait for a location and return its value; at one visit always the same object.
@@ -153,15 +154,21 @@ class Mediator:
 
     def write(self, number: int, value: Any) -> None:
         """Replace the value of a location, waiting for it unless the model stands there."""
-        self.standing_at(number).value = value
+        Mediator.read(self, number)
+        run: Any = self.run
+        was, run.value = run.value, value
+        try:
+            how = words.CHANGED if was.shape == value.shape else words.change(was, value)
+        except (AttributeError, RuntimeError):  # what holds tensors; nested ones raise the second
+            how = words.change(was, value)
         if self.frame is not None:
-            self.edited[number] = self.frame.f_lasti
+            self.edited[number] = self.frame.f_lasti, how
 
     def skip(self, number: int, value: Any) -> None:
         """Let the module whose input has `number` return `value` without running."""
         self.standing_at(number).skip(number, value)
         if self.frame is not None:
-            self.edited[number] = self.frame.f_lasti
+            self.edited[number] = self.frame.f_lasti, words.skip(value)
 
     def standing_at(self, number: int) -> Interleaver:
         """Wait for a location and return the run, which stands there."""
