@@ -84,7 +84,7 @@ bites = st.lists(
 )
 headers = st.tuples(st.just("header"), changes)
 cases = st.one_of(
-    headers, headers, st.tuples(st.sampled_from(["bytes", "content"]), bites),
+    headers, headers, st.tuples(st.just("results"), changes), st.tuples(st.sampled_from(["bytes", "content"]), bites),
     st.tuples(st.just("any"), st.binary(max_size=200)),
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ def places(value, found):
     return found
 
 
-def change_header(header, todo):
+def change_header(header, pieces, todo):
     header = copy.deepcopy(header)
     for number, how, new in todo:
         sent = header.get("sent")
@@ -115,7 +115,7 @@ def change_header(header, todo):
             where[key] = copy.deepcopy(other[name])
         elif isinstance(where, list):
             where.insert(key, new)
-    return header
+    return header, pieces
 
 
 def change_bytes(data, todo):
@@ -138,14 +138,20 @@ def main(count):
     honest = make(model)
     header, pieces = container.read(honest)
     content = container.zstd().decompress(honest[6:])
+    table = torch.arange(6.0)
+    saved = {"a": [table, table[1:], {"b": (1, 2.5, None)}], "s": {3}, "m": model[0], "r": range(3), "n": table.numpy()}
+    honest_headers = {
+        "header": (header, pieces),
+        "results": container.read(b"".join(payload.write_results(saved, model))),
+    }
     tally = {"read": 0, "refused": 0}
     slowest = [0.0]
 
     def receive(case):
         kind, what = case
-        if kind == "header":
+        if kind in ("header", "results"):
             try:
-                data = b"".join(container.write(change_header(header, what), pieces))
+                data = b"".join(container.write(*change_header(*honest_headers[kind], what)))
             except (UnicodeEncodeError, ValueError):
                 return
         elif kind == "bytes":
@@ -156,9 +162,12 @@ def main(count):
             data = what
         start = time.monotonic()
         try:
-            run = payload.Run(data, limit=100 << 20)
-            run.check(model)
-            run.open(model.get, lambda path: model.get(path)._module, called=lambda name: f"<{name}>")
+            if kind == "results":
+                payload.Results(data, model, limit=100 << 20)
+            else:
+                run = payload.Run(data, limit=100 << 20)
+                run.check(model)
+                run.open(model.get, lambda path: model.get(path)._module, called=lambda name: f"<{name}>")
             tally["read"] += 1
         except PayloadError:
             tally["refused"] += 1

@@ -72,6 +72,25 @@ class Deferred:
         raise NotImplementedError
 
 
+class Portable(Protocol):
+    """A class of a package whose instances travel as other values: to where a block runs, or back as its results."""
+
+    def __nnsight_pack__(self) -> Any:
+        """Return what the instance is made of: anything that can travel."""
+
+    @classmethod
+    def __nnsight_unpack__(cls, root: Any, content: Any) -> Any:
+        """Return an instance made of that. The content may come from anybody: look at it, call nothing of it.
+
+        Args:
+            root: the root envoy of the model here; None where there is none.
+            content: what `__nnsight_pack__` returned at the other end.
+
+        Raises:
+            ValueError, TypeError, LookupError: it cannot be such content.
+        """
+
+
 class PerCode(Generic[T]):
     """A cache that belongs to code objects: by identity, never by file and line, and gone with the code.
 

@@ -14,62 +14,12 @@ from typing import Any
 from nnsight._words import describe, nearest
 from nnsight.builtin.paths import Table, table_of
 from nnsight.builtin.sizes import readable, size_of
+from nnsight.builtin.visit import Visit
 from nnsight.errors import CacheError, NotCachedError
 from nnsight.kernel.envoy import Envoy
 from nnsight.kernel.location import ROOT, Tree
 
 Record = tuple[int, int, Any]  # number of the location, occurrence, value
-
-
-class Visit:
-    """One visit of a module.
-
-    Attributes:
-        occurrence: the how-many-eth visit it was, from 0. In a generation that is the step.
-    """
-
-    __slots__ = ("_path", "_values", "occurrence")
-
-    def __init__(self, path: str, occurrence: int) -> None:
-        self._path = path
-        self._values: dict[str, Any] = {}
-        self.occurrence = occurrence
-
-    @property
-    def output(self) -> Any:
-        """What the module's caller got."""
-        return self._get("output", "output")
-
-    @property
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module's caller passed: `(args, kwargs)`."""
-        found: tuple[tuple[Any, ...], dict[str, Any]] = self._get("input", "inputs")
-        return found
-
-    @property
-    def input(self) -> Any:
-        """The first argument passed, positional or by keyword."""
-        args, kwargs = self.inputs
-        if not args and not kwargs:
-            raise CacheError(f"`{self._path}` was called without arguments, so it has no `.input`.")
-        return args[0] if args else next(iter(kwargs.values()))
-
-    def _get(self, port: str, name: str) -> Any:
-        if port not in self._values:
-            option = "include_inputs=True" if port == "input" else "include_output=True"
-            raise CacheError(
-                f"The cache holds no `.{name}` of `{self._path}`, visit {self.occurrence}. Ask for it with "
-                f"tracer.cache({option}); if you did, the module did not get so far."
-            )
-        return self._values[port]
-
-    def _as_dict(self) -> dict[str, Any]:
-        named = {"input": "inputs", "output": "output"}
-        return {named[port]: value for port, value in sorted(self._values.items())}
-
-    def __repr__(self) -> str:
-        ports = (f"{name}={describe(value)}" for name, value in self._as_dict().items())
-        return f"Visit({self.occurrence}: {', '.join(ports)})"
 
 
 class Entry:
@@ -276,6 +226,23 @@ class Cache:
         from nnsight.builtin.cachefile import read  # lazy: most caches stay in memory
 
         return read(file)
+
+    def __nnsight_pack__(self) -> list[Any]:
+        """Return what it is made of, for a payload."""
+        names = [[parent, name, target] for (parent, name), target in self._table().items()]
+        return [list(self._ports), names, [[*self._tree[number], *rest] for number, *rest in self._records]]
+
+    @classmethod
+    def __nnsight_unpack__(cls, root: Any, content: Any) -> Cache:
+        """Return what `__nnsight_pack__` has told of; anybody may have written that."""
+        (has_output, has_inputs), names, records = content
+        new = cls(None, bool(has_output), bool(has_inputs))
+        new._given_table = {(str(parent), str(name)): str(target) for parent, name, target in names}
+        for path, port, occurrence, value in records:
+            if not (type(path) is str and port in ("input", "output") and type(occurrence) is int and occurrence >= 0):
+                raise ValueError(f"it lists {path!r}, {port!r}, {occurrence!r} as a visit")
+            new._records.append((new._tree.number(path, port), occurrence, value))
+        return new
 
     # -- how much ----------------------------------------------------------------------------------------------------
 

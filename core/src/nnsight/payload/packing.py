@@ -174,12 +174,37 @@ class Packer:
             data += ["bytearray", base64.b64encode(value).decode()]
         elif isinstance(value, Envoy):
             data += ["envoy", self._path_of(value)]
-        elif (found := library.reference(value)) is not None:
+        elif self.descriptions is not None and (found := library.reference(value)) is not None:
             data += ["import", *found]
         else:
             self._fill_object(data, value, kind)
 
     def _fill_object(self, data: list[Any], value: Any, kind: type) -> None:
+        if isinstance(value, Enum):
+            name = value.name if value.name in kind.__members__ else None  # type: ignore[attr-defined]
+            data += ["member", self.pack(kind), name, None if name else self.pack(value.value)]
+        elif isinstance(value, torch.nn.Module) and (path := self._module_path(value)) is not None:
+            data += ["submodule", path]
+        elif is_scalar(value):
+            data += ["scalar", self._take(self.tensors.add_array, value.reshape(()))]
+        elif (pack := getattr(kind, "__nnsight_pack__", None)) is not None:
+            data += ["portable", self.pack(kind), self.pack(pack(value))]
+        elif self.descriptions is None and isinstance(value, type):
+            self._fill_class(data, value)
+        elif self.descriptions is not None and self._fill_code(data, value, kind, self.descriptions):
+            pass
+        elif not self._fill_instance(data, value, kind):
+            raise self.refusal(value)
+
+    def _fill_class(self, data: list[Any], value: type) -> None:
+        """Let a class be the one that the other end has under its name: no code is sent."""
+        module = sys.modules.get(value.__module__)
+        if module is None or library.at(module, value.__qualname__) is not value:
+            raise self.refusal(value)
+        data += ["import", value.__module__, value.__qualname__]
+
+    def _fill_code(self, data: list[Any], value: Any, kind: type, descriptions: Descriptions) -> bool:
+        """Put the data of what is there to be called into a list; return whether it is that."""
         if isinstance(value, types.MethodType):
             data += ["attribute", self._inner("its object", value.__self__), value.__func__.__name__]
         elif isinstance(value, types.BuiltinMethodType) and value.__self__ is not None:
@@ -188,19 +213,11 @@ class Packer:
             data += ["logger", value.name]
         elif isinstance(value, functools.partial):
             data += ["partial", self.pack(value.func), self.pack(value.args), self.pack(value.keywords)]
-        elif isinstance(value, Enum):
-            name = value.name if value.name in kind.__members__ else None  # type: ignore[attr-defined]
-            data += ["member", self.pack(kind), name, None if name else self.pack(value.value)]
-        elif isinstance(value, torch.nn.Module) and (path := self._module_path(value)) is not None:
-            data += ["submodule", path]
         elif isinstance(value, _PARTS):
             data += ["attribute", self.pack(value.__objclass__), value.__name__]
-        elif is_scalar(value):
-            data += ["scalar", self._take(self.tensors.add_array, value.reshape(()))]
-        elif self.descriptions is not None and self.descriptions.fill(data, value):
-            pass
-        elif not self._fill_instance(data, value, kind):
-            raise self.refusal(value)
+        else:
+            return descriptions.fill(data, value)
+        return True
 
     def _fill_instance(self, data: list[Any], value: Any, kind: type) -> bool:
         """Take apart an instance whose state is in its attributes and items; return whether it is one."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsight.errors import PayloadError
+from nnsight.kernel.envoy import Envoy
 from nnsight.payload import library
 from nnsight.payload.packing import can_take
 from nnsight.payload.views import Views
@@ -43,6 +44,7 @@ class Unpacker:
 
     Attributes:
         definitions: the functions and classes; None where none may be, and nothing may be imported or called.
+        root: the model, for what is made with it; None where there is none.
         device: returns the device to use for one that the sender had.
     """
 
@@ -59,6 +61,7 @@ class Unpacker:
         self._submodule = submodule
         self._depth = 0
         self.definitions: Definitions | None = None
+        self.root: Any = None
         self.device: Callable[[str], torch.device] = torch.device
 
     def value(self, data: Any) -> Any:
@@ -156,7 +159,8 @@ class Unpacker:
         if type(module) is not str or type(name) is not str:
             raise TypeError("it names no module")
         if self.definitions is None:  # only what is loaded, and only classes: they are looked at, not called
-            found = library.at(sys.modules.get(module), name)
+            loaded = importlib.import_module(module) if module.startswith("nnsight.") else sys.modules.get(module)
+            found = library.at(loaded, name)
             if not isinstance(found, type):
                 raise PayloadError(
                     f"This payload names {module}.{name}, which is no class that this program has loaded."
@@ -179,6 +183,12 @@ class Unpacker:
             raise PayloadError(f"This payload holds a {data[0]} where only values may be.")
         return self.definitions.get(data)
 
+    def _envoy(self, path: Any) -> Any:
+        found = self._in_tree(self._resolve, path)
+        if not isinstance(found, Envoy):
+            raise PayloadError(f"The block uses `{path}`, which is no module of the model here.")
+        return found
+
     def _in_tree(self, find: Callable[[str], Any], path: Any) -> Any:
         if type(path) is not str:
             raise TypeError("it has no path")
@@ -198,8 +208,6 @@ class Unpacker:
                 return functools.partial(self.value(function), *self.value(args), **self.value(keywords))
             case ["cached", function, maxsize, bool(typed)]:
                 return functools.lru_cache(maxsize, typed)(self.value(function))
-            case ["pattern", pattern, int(flags)]:
-                return re.compile(pattern, flags)
             case ["logger", str(name)]:
                 return logging.getLogger(name)
         raise ValueError("it is malformed")
@@ -210,6 +218,13 @@ class Unpacker:
         if not isinstance(cls, type) or not issubclass(cls, Enum):
             raise TypeError("it is no member of an enum")
         return cls.__members__[name] if name is not None else cls(self.value(value))
+
+    def _portable(self, data: list[Any]) -> Any:
+        _, kind, content = data
+        make = getattr(self.value(kind), "__nnsight_unpack__", None)
+        if make is None:
+            raise TypeError("its class cannot be made of what travels")
+        return make(self.root, self.value(content))
 
     def _named(self, data: list[Any]) -> Any:
         cls = self.value(data[1])
@@ -279,11 +294,12 @@ _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "tensor": lambda unpacker, data: unpacker._views.get(data[1]),
     "array": lambda unpacker, data: unpacker._views.get(data[1]),
     "scalar": lambda unpacker, data: unpacker._views.get(data[1])[()],
-    "envoy": lambda unpacker, data: unpacker._in_tree(unpacker._resolve, data[1]),
+    "envoy": lambda unpacker, data: unpacker._envoy(data[1]),
     "submodule": lambda unpacker, data: unpacker._in_tree(unpacker._submodule, data[1]),
     "shared": lambda unpacker, data: unpacker.shared(data[1]),
     "instance": lambda unpacker, data: unpacker.instance(data),
     "named": lambda unpacker, data: unpacker._named(data),
+    "portable": lambda unpacker, data: unpacker._portable(data),
     "member": lambda unpacker, data: unpacker._member(data),
     "import": lambda unpacker, data: unpacker.imported(data[1], data[2]),
     "function": lambda unpacker, data: unpacker._defined(data),
@@ -292,6 +308,6 @@ _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "attribute": lambda unpacker, data: unpacker._called(data),
     "partial": lambda unpacker, data: unpacker._called(data),
     "cached": lambda unpacker, data: unpacker._called(data),
-    "pattern": lambda unpacker, data: unpacker._called(data),
+    "pattern": lambda unpacker, data: re.compile(data[1], data[2]),
     "logger": lambda unpacker, data: unpacker._called(data),
 }
