@@ -1,5 +1,6 @@
 """Edits as files: source and tensors, without pickle."""
 
+import io
 import json
 import math
 
@@ -191,50 +192,66 @@ def test_error_in_an_imported_edit_shows_its_line(net, model, tmp_path):
     again.import_edits("failing", tmp_path)
     with pytest.raises(KeyError) as caught:
         result_of(again, rows())
-    assert "in the edit opened at <edit 0 of failing, __default__>" in caught.value.__notes__[0]
+    assert "in the edit opened at <edits failing, __default__>" in caught.value.__notes__[0]
     assert str(caught.traceback[-1].statement).strip() == "raise KeyError(hidden.shape)"
 
 
 class Custom:
-    pass
+    def __init__(self):
+        self.factor = 2
+
+    def scaled(self, value):
+        return helper(value) * self.factor
 
 
 def helper(value):
-    return value * 2
+    return value * SCALE
+
+
+def test_functions_classes_and_instances_of_the_users_files(net, model, tmp_path):
+    x, custom, shift = rows(), Custom(), torch.ones(1)
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+    both = [shift, {1: shift}]
+
+    def moved(value):
+        return value + shift
+
+    with model.edit(inplace=True):
+        model.h[0].output = moved(custom.scaled(model.h[0].output))
+        model.h[1].output = layer(model.h[1].output)
+        model.h[2].seen = (type(custom) is Custom, both[0] is both[1][1])
+    model.export_edits("custom", tmp_path)
+    again = NNsight(net)
+    again.import_edits("custom", tmp_path)
+    expected = edited_by(net, x, h_0=lambda output: output * 6 + 1, h_1=layer)
+    assert torch.allclose(result_of(again, x), expected, atol=1e-6)
+    assert again.h[2].seen == (True, True)
 
 
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (Custom(), r"test_edit_files\.Custom"),
-        (helper, "function"),
-        (Custom, "type"),
-        ({1, 2}, "set"),
-        ({1: 2}, "dict"),
-        (b"bytes", "bytes"),
-        (1j, "complex"),
-        (torch.nn.Linear(1, 1), r"torch\.nn\.modules\.linear\.Linear"),
-        (torch.nn.Parameter(torch.ones(1)), r"torch\.nn\.parameter\.Parameter"),
-        (torch.eye(2).to_sparse(), r"torch\.Tensor"),
-        (np.array(["text"]), r"numpy\.ndarray"),
-        (torch.float32, r"torch\.dtype"),
+        (io.StringIO(), r"_io\.StringIO"),
+        ((n for n in "a"), "generator"),
+        (torch.eye(2).to_sparse(), r"torch\.Tensor, of torch\.float32, torch\.sparse_coo"),
+        (np.array([object()]), r"numpy\.ndarray, of object"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_values_are_refused_by_name_and_type_and_nothing_is_written(model, tmp_path, value, kind):
     with model.edit(inplace=True):
         _ = value
-    match = rf"test_edit_files\.py:\d+ cannot be exported: its variable 'value' is of type .*{kind}"
+    match = rf"cannot be exported. The variable 'value' of .*test_edit_files\.py:\d+ cannot be sent: it is a {kind}"
     with pytest.raises(EditFileError, match=match):
         model.export_edits("mine", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_value_deep_in_a_container_is_named(model, tmp_path):
-    settings = {"layers": [1, {2}]}
+    settings = {"layers": [1, io.StringIO()]}
     with model.edit(inplace=True):
         _ = settings
-    with pytest.raises(EditFileError, match="its variable 'settings', item 'layers', item 1 is of type set"):
+    with pytest.raises(EditFileError, match=r"'settings' .*, item 'layers', item 1: it is a _io\.StringIO"):
         model.export_edits("mine", tmp_path)
 
 
@@ -242,7 +259,7 @@ def test_envoy_of_another_model_is_refused(model, tmp_path):
     other = NNsight(seeded(Net))
     with model.edit(inplace=True):
         _ = other
-    with pytest.raises(EditFileError, match="'other' is of type nnsight"):
+    with pytest.raises(EditFileError, match=r"'other' .*of another model"):
         model.export_edits("mine", tmp_path)
 
 
@@ -254,10 +271,36 @@ class Owner:
             model.h[0].output = model.h[0].output * self.__factor
 
 
-def test_private_names_are_refused(model, tmp_path):
+def test_private_names_are_those_of_the_class(net, model, tmp_path):
     Owner().edit(model)
-    with pytest.raises(EditFileError, match="'__factor', a private name of the class 'Owner'"):
+    model.export_edits("mine", tmp_path)
+    again = NNsight(net)
+    again.import_edits("mine", tmp_path)
+    assert torch.equal(result_of(again, rows()), edited_by(net, rows(), h_0=lambda output: output * 2))
+
+
+def test_same_file_is_imported_again_after_it_has_changed(net, model, tmp_path):
+    for factor in (2, 3):
+        model.clear_edits()
+        if factor == 2:
+            with model.edit(inplace=True):
+                model.h[0].output = model.h[0].output * 2
+        else:
+            with model.edit(inplace=True):
+                model.h[0].output = model.h[0].output * 3
         model.export_edits("mine", tmp_path)
+        if factor == 2:
+            first = NNsight(net)
+            first.import_edits("mine", tmp_path)
+    second = NNsight(net)
+    second.import_edits("mine", tmp_path)
+    first.export_edits("first", tmp_path)  # its text is still its own
+    third = NNsight(net)
+    third.import_edits("first", tmp_path)
+    for found, factor in ((first, 2), (second, 3), (third, 2)):
+        assert torch.equal(
+            result_of(found, rows()), edited_by(net, rows(), h_0=lambda output, factor=factor: output * factor)
+        )
 
 
 def test_edit_that_binds_outside_of_itself_is_refused(model, tmp_path):
@@ -321,9 +364,19 @@ def test_file_is_plain_data(model, tmp_path):
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     about = json.loads(header["__metadata__"]["nnsight"])
-    assert about["edits"][0]["source"].endswith("_ = vector")
-    assert header["tensor.0"] == {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+    assert about["format"] == 2
+    assert about["edits"]["blocks"][0]["text"].endswith("_ = vector\n")
+    assert header["piece.0"] == {"dtype": "U8", "shape": [12], "data_offsets": [0, 12]}
     assert content[8 + size :] == vector.numpy().tobytes()
+
+
+def test_file_of_another_format_says_so(net, model, tmp_path):
+    with model.edit(inplace=True):
+        pass
+    path = model.export_edits("mine", tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'format\\": 2', b'format\\": 1'))
+    with pytest.raises(EditFileError, match="its format is 1, and this version reads 2"):
+        NNsight(net).import_edits("mine", tmp_path)
 
 
 def test_imported_source_that_leaves_its_block_is_refused(net, model, tmp_path):

@@ -139,18 +139,6 @@ class Scope:
         names = self.block.exposed
         return {name: value for name, value in self._values.items() if name in names}, self._live, self._globals
 
-    def environment(self) -> dict[str, Any]:
-        """Return the values that the block reads from where it is written; builtins and what it binds itself are not."""  # noqa: E501
-        found: dict[str, Any] = {}
-        for name in self.block.exposed | self.block.live:
-            value = self._values.get(name, _MISSING)
-            value = _content(self._live[name]) if name in self._live else value
-            if value is _MISSING:
-                value = self._globals.get(name, _MISSING)
-            if value is not _MISSING:
-                found[name] = value
-        return found
-
     def outlive(self, owner: object, stand_in: Callable[[Any], Any]) -> None:
         """Let go of the frame, since nothing will be written back.
 
