@@ -6,6 +6,7 @@ What plugins use is here; docs/payload.md describes the format.
 from __future__ import annotations
 
 from nnsight.payload.container import FORMAT as FORMAT
+from nnsight.payload.library import register as register
 from nnsight.payload.results import Results as Results
 from nnsight.payload.results import write_results as write_results
 from nnsight.payload.run import Run as Run

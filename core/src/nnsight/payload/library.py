@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import os
 import sys
 import sysconfig
 import types
 from typing import Any
+
+from nnsight.errors import InputError
+
+#: Installed packages and modules that the other end does not have: they travel as the user's own.
+_registered: set[str] = set()
+
+
+def register(module: types.ModuleType | str) -> None:
+    """Let what an installed package defines travel as source, because the other end does not have the package.
+
+    Files of yours that are not installed travel so without it.
+
+    Args:
+        module: the package or module, or its name; what is below it is meant, too.
+
+    Raises:
+        InputError: there is no such module here.
+    """
+    name = module.__name__ if isinstance(module, types.ModuleType) else module
+    if not isinstance(name, str) or not (name in sys.modules or _is_found(name)):
+        raise InputError(f"register({module!r}): there is no such module here. Give a module, or its name.")
+    _registered.add(name)
+
+
+def _is_found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def is_registered(name: object) -> bool:
+    """Return whether a module was registered by its name, or what it is a part of."""
+    return isinstance(name, str) and any(name == one or name.startswith(f"{one}.") for one in _registered)
 
 
 def reference(value: Any) -> list[str] | None:
@@ -36,7 +71,7 @@ def reference(value: Any) -> list[str] | None:
 
 def is_installed(module: types.ModuleType) -> bool:
     """Return whether another process can import a module by its name: Python's own, or an installed package's."""
-    if module.__name__ == "__main__":
+    if module.__name__ == "__main__" or is_registered(module.__name__):
         return False
     top, _, below = module.__name__.partition(".")
     file: str | None = getattr(module, "__file__", None)
@@ -64,7 +99,8 @@ def at(value: Any, path: str) -> Any:
 
 def is_within(function: types.FunctionType) -> bool:
     """Return whether the code of a function is an installed package's."""
-    return function.__code__.co_filename.startswith(_roots())
+    is_own = is_registered(function.__globals__.get("__name__"))
+    return function.__code__.co_filename.startswith(_roots()) and not is_own
 
 
 def code_reference(function: types.FunctionType) -> list[str] | None:
