@@ -28,7 +28,7 @@ def register(module: types.ModuleType | str) -> None:
     Raises:
         InputError: there is no such module here.
     """
-    name = module.__name__ if isinstance(module, types.ModuleType) else module
+    name: object = module.__name__ if isinstance(module, types.ModuleType) else module
     if not isinstance(name, str) or not (name in sys.modules or _is_found(name)):
         raise InputError(f"register({module!r}): there is no such module here. Give a module, or its name.")
     _registered.add(name)
