@@ -7,7 +7,7 @@ import types
 import pytest
 from modules import Net, assert_usable, rows, seeded
 
-from nnsight import Interleaver, NNsight, PluginError, Tracer, plugins
+from nnsight import Interleaver, NNsight, PluginError, Tracer, TracerStateError, plugins
 
 
 @pytest.fixture
@@ -57,6 +57,22 @@ def test_a_trace_is_opened_before_its_block_and_the_run_starts_at_the_first_requ
         events.append("value")
     assert isinstance(tracer, Tracer)
     assert events == [tracer, "block", "run 1", "value", ("end 1", NONE)]
+
+
+def test_a_tracer_says_what_is_traced_while_it_is_open(model):
+    with model.trace(rows()) as tracer:
+        assert tracer.envoy is model
+    with model.h[0].trace(rows()) as part:
+        assert part.envoy is model.h[0]
+    with model.scan(rows()) as scan:
+        assert scan.envoy is model
+    with model.trace() as joint:
+        with joint.invoke(rows()):
+            found = joint.envoy
+    assert found is model
+    for closed in (tracer, part, scan, joint, model.trace(rows())):
+        with pytest.raises(TracerStateError, match="This tracer is not open"):
+            closed.envoy
 
 
 def test_a_block_that_fails_before_it_asks_for_anything_has_no_run(model, events):

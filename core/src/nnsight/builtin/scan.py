@@ -71,6 +71,12 @@ class ScanTracer(Tracer):
         self._scanned = _Scanned(envoy, function)
         super().__init__(cast("Envoy", self._scanned), "scan", self._scanned.make_call(), args, kwargs, batched)
 
+    @property
+    def envoy(self) -> Envoy:
+        """What is scanned."""
+        super().envoy  # noqa: B018 - raises when the tracer is not open
+        return self._scanned._envoy
+
     if TYPE_CHECKING:
 
         def __exit__(

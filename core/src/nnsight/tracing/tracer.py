@@ -275,6 +275,17 @@ class Tracer:
         """
         return self._current("block")
 
+    @property
+    def envoy(self) -> Envoy:
+        """What is traced, the model or a part of it, for plugins.
+
+        Raises:
+            TracerStateError: the tracer is not open.
+        """
+        if self._envoy is None or self._run is None:
+            raise TracerStateError(_NOT_ENTERED.format(method=self._method))
+        return self._envoy
+
     def _first_input(self) -> int:
         assert self._envoy is not None
         return self._envoy._number
