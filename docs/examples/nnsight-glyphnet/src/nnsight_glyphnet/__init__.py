@@ -1,0 +1,1 @@
+"""The image classifiers of glyphnet, for nnsight: `nnsight.GlyphClassifier`."""
