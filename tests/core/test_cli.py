@@ -93,8 +93,8 @@ def test_broken_plugin_does_not_stop_the_commands_of_others(site):
 def test_plugins_shows_every_state(site):
     site.add(
         "good",
-        {"nnsight": {"good": "good_hooks"}, "nnsight.envoy": {"probe": "good_hooks:probe"}},
-        {"good_hooks": HOOKS + "\n    probe = 1\n"},
+        {"nnsight": {"good": "good_hooks"}, "nnsight.envoy": {"probe": "good_hooks:_hello"}},
+        {"good_hooks": HOOKS},
     )
     site.add("one", {"nnsight.exports": {"Same": "one_module:X", "NNsight": "one_module:X"}}, {"one_module": "X = 1"})
     site.add("two", {"nnsight.exports": {"Same": "two_module:X"}}, {"two_module": "X = 2"}, version="2.5")
@@ -104,6 +104,9 @@ def test_plugins_shows_every_state(site):
         {"bad_hooks": "def nnsight_wraped(): pass", "bad_module": "1/0"},
     )
     site.add("off", {"nnsight.tracer": {"off": "off_module"}})
+    taken = {"nnsight.envoy": {"output": "good_hooks:_hello"}, "nnsight.tracer": {"stop": "good_hooks:_hello"}}
+    site.add("taken", taken)
+    site.add("odd", {"nnsight.envoy": {"odd": "good_hooks"}})
     out = plain(site, "plugins", NNSIGHT_PLUGINS_DISABLE="off").stdout
     rows = {tuple(line.split()[:2]): line for line in out.splitlines()}
     assert rows["nnsight", "good"].endswith("  ok [nnsight_commands, nnsight_doctor]")
@@ -113,6 +116,9 @@ def test_plugins_shows_every_state(site):
     assert [line.partition("conflict with ")[2] for line in same] == ["two (two_module:X)", "one (one_module:X)"]
     assert "two 2.5" in same[1]
     assert "conflict with nnsight-core, whose own name comes first" in rows["nnsight.exports", "NNsight"]
+    for row in (rows["nnsight.envoy", "output"], rows["nnsight.tracer", "stop"]):
+        assert row.endswith("conflict with nnsight-core, whose own name comes first")
+    assert "broken: PluginError: plugin 'odd' (odd 1.0, " in rows["nnsight.envoy", "odd"]
     assert "broken: PluginError: plugin 'bad' implements 'nnsight_wraped'" in rows["nnsight", "bad"]
     assert rows["nnsight.modeling", "bad"].endswith("broken: ZeroDivisionError: division by zero")
     assert rows["nnsight.tracer", "off"].endswith("disabled by NNSIGHT_PLUGINS_DISABLE")

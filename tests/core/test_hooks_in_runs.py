@@ -26,6 +26,7 @@ def events():
     plugin = types.SimpleNamespace(
         nnsight_wrapped=lambda envoy: told.append(envoy),
         nnsight_trace_opened=lambda tracer: told.append(tracer),
+        nnsight_block_joined=lambda block: told.append(f"block {block.order}"),
         nnsight_run_started=started,
         nnsight_run_ended=ended,
     )
@@ -114,7 +115,7 @@ def test_joint_invokes_are_one_run(model, events):
             events.append("first")
         with tracer.invoke(rows()):
             events.append("second")
-    assert events == [tracer, "run 1", "first", "second", ("end 1", NONE)]
+    assert events == [tracer, "run 1", "block 0", "block 1", "first", "second", ("end 1", NONE)]
 
 
 def test_invokes_one_after_another_are_runs_that_end_before_the_next_starts(model, events):
@@ -125,7 +126,7 @@ def test_invokes_one_after_another_are_runs_that_end_before_the_next_starts(mode
         with tracer.invoke(rows()):
             events.append("second")
             _ = model.output
-    started = [event for event in events if event not in ("first", "second")]
+    started = [event for event in events if event not in ("first", "second", "block 0")]
     assert started == [tracer, "run 1", ("end 1", NONE), "run 2", ("end 2", NONE)]
     assert events.index("first") < events.index(("end 1", NONE)) < events.index("second")
 
@@ -137,7 +138,7 @@ def test_an_error_that_is_being_handled_has_ended_no_run(model, events):
         with model.trace(batched=False) as tracer:
             with tracer.invoke(rows()):
                 pass
-    assert events == [tracer, "run 1", ("end 1", NONE)]
+    assert events == [tracer, "block 0", "run 1", ("end 1", NONE)]
 
 
 def test_an_error_is_that_of_the_run_it_ended(model, events):
@@ -148,7 +149,15 @@ def test_an_error_is_that_of_the_run_it_ended(model, events):
             with tracer.invoke(rows()):
                 _ = model.output
                 raise KeyError
-    assert events == [tracer, "run 1", ("end 1", NONE), "run 2", ("end 2", KeyError)]
+    assert events == [tracer, "block 0", "run 1", ("end 1", NONE), "block 0", "run 2", ("end 2", KeyError)]
+
+
+def test_an_edit_takes_its_seat_when_the_run_is_made(model, events):
+    with model.edit() as edited:
+        _ = model.h[0].output
+    with edited.trace(rows()) as tracer:
+        pass
+    assert events == ["block -1", tracer, "run 1", ("end 1", NONE)]
 
 
 @pytest.mark.parametrize(

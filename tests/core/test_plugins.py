@@ -29,15 +29,16 @@ def test_an_export_is_imported_at_its_first_use_only(site):
 
 def test_names_and_lookup_of_every_group(site):
     groups = ["nnsight", "nnsight.exports", "nnsight.modeling", "nnsight.envoy", "nnsight.tracer"]
-    site.add(
-        "alpha", {group: {f"name{i}": "alpha_module"} for i, group in enumerate(groups)}, {"alpha_module": "x = 1"}
-    )
+    values = {"nnsight.envoy": "alpha_module:double", "nnsight.tracer": "alpha_module:double"}
+    points = {group: {f"name{i}": values.get(group, "alpha_module")} for i, group in enumerate(groups)}
+    site.add("alpha", points, {"alpha_module": "def double(of): return 2 * of"})
     out = site.run(
         f"""
         from nnsight import plugins
         for i, group in enumerate({groups}):
             assert f"name{{i}}" in plugins.names(group), group
-            assert plugins.resolve(group, f"name{{i}}").x == 1
+            found = plugins.resolve(group, f"name{{i}}")
+            assert getattr(found, "double", found)(2) == 4
             assert plugins.lookup(group, f"name{{i}}") is plugins.resolve(group, f"name{{i}}")
             assert plugins.serves(group, f"name{{i}}")
         print("done")
@@ -402,7 +403,65 @@ def test_modeling_unknown_name_names_the_nearest(site):
 def test_modeling_entry_that_is_no_module_is_refused(site):
     site.add("alpha", {"nnsight.modeling": {"engine": "alpha_module:Thing"}}, {"alpha_module": "class Thing: pass"})
     error = site.fail("import nnsight.modeling.engine")
-    assert "PluginError: nnsight.modeling.engine must be a module, but the plugin's entry point gives <class" in error
+    assert "PluginError: plugin 'engine' (alpha 1.0, " in error
+    assert "must be a module, not <class" in error
+
+
+@pytest.mark.parametrize(("group", "of"), [("nnsight.envoy", "envoy"), ("nnsight.tracer", "tracer")])
+def test_what_is_to_be_a_function_and_is_none_is_refused(site, group, of):
+    site.add("alpha", {group: {"thing": "alpha_module"}}, {"alpha_module": CLASS})
+    error = site.fail(
+        """
+        import torch
+        from nnsight import NNsight
+        model = NNsight(torch.nn.Linear(2, 2))
+        with model.trace(torch.ones(1, 2)) as tracer:
+            tracer.thing() if "GROUP".endswith("tracer") else model.thing
+        """.replace("GROUP", group)
+    )
+    assert f"PluginError: plugin 'thing' (alpha 1.0, entry point `thing = alpha_module` in group {group})" in error
+    assert f"must be a function of the {of}, not <module 'alpha_module'" in error
+
+
+def test_any_callable_serves_as_the_method_of_a_tracer(site):
+    source = """
+        import functools
+        class Kept:
+            def __init__(self, tracer, name):
+                self.value = getattr(tracer, name)
+        def both(first, tracer):
+            return first, tracer.result
+        partly = functools.partial(both, "given")
+        """
+    points = {"nnsight.tracer": {"kept": "alpha_module:Kept", "partly": "alpha_module:partly"}}
+    site.add("alpha", points, {"alpha_module": source})
+    out = site.run(
+        """
+        import torch
+        from nnsight import NNsight
+        with NNsight(torch.nn.Linear(2, 2)).trace(torch.ones(1, 2)) as tracer:
+            first, result = tracer.partly()
+            kept = tracer.kept("result")
+        print(first, kept.value is result)
+        """
+    )
+    assert out == "given True"
+
+
+def test_an_error_in_the_function_of_an_envoy_is_that_error(site):
+    site.add(
+        "alpha",
+        {"nnsight.envoy": {"thing": "alpha_module:thing"}},
+        {"alpha_module": "def thing(envoy): return envoy.path.no_such_method()"},
+    )
+    error = site.fail(
+        """
+        import torch
+        from nnsight import NNsight
+        NNsight(torch.nn.Linear(2, 2)).thing
+        """
+    )
+    assert error.endswith("AttributeError: 'str' object has no attribute 'no_such_method'")
 
 
 def test_modeling_import_error_inside_a_plugin_is_not_taken_for_a_missing_name(site):

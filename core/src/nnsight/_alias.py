@@ -19,7 +19,7 @@ from typing import Any
 from nnsight import plugins
 from nnsight._compat import PATHS
 from nnsight._registry import nearest
-from nnsight.errors import PluginError, UnknownPluginError
+from nnsight.errors import UnknownPluginError
 
 _MODELING = "nnsight.modeling."
 _INTERVENTION = "nnsight.intervention."
@@ -113,12 +113,7 @@ def _plugin_module(fullname: str) -> ModuleType:
     """Return the module behind `nnsight.modeling.<name>`, or behind a submodule of it."""
     name, _, rest = fullname.removeprefix(_MODELING).partition(".")
     try:
-        module = plugins.resolve("nnsight.modeling", name)
+        module: ModuleType = plugins.resolve("nnsight.modeling", name)
     except UnknownPluginError as error:
         raise ModuleNotFoundError(f"No module named {fullname!r}: {error}", name=fullname) from None
-    if not isinstance(module, ModuleType):
-        raise PluginError(
-            f"{fullname} must be a module, but the plugin's entry point gives {module!r}: "
-            f"{plugins.registry.entry('nnsight.modeling', name)}"
-        )
     return import_module(f"{module.__name__}.{rest}") if rest else module

@@ -54,7 +54,7 @@ def _state(entry: Entry, implemented: dict[str, list[str]]) -> State:
     ]
     if rivals:
         return State(entry, f"conflict with {', '.join(rivals)}", False)
-    if entry.group == "nnsight.exports" and _is_core_name(entry.name):
+    if entry.distribution != CORE and _is_core_name(entry):
         return State(entry, f"conflict with {CORE}, whose own name comes first", False)
     if entry.group == "nnsight":
         broken = hooks.broken.get(entry.name)
@@ -68,8 +68,16 @@ def _state(entry: Entry, implemented: dict[str, list[str]]) -> State:
     return State(entry, "ok", True)
 
 
-def _is_core_name(name: str) -> bool:
-    return name in nnsight._MODULE_OF or name in nnsight._SUBMODULES
+def _is_core_name(entry: Entry) -> bool:
+    """Return whether a name can never be reached, because the core has it itself."""
+    match entry.group:
+        case "nnsight.exports":
+            return entry.name in nnsight._MODULE_OF or entry.name in nnsight._SUBMODULES
+        case "nnsight.envoy":
+            return hasattr(nnsight.NNsight, entry.name)
+        case "nnsight.tracer":
+            return hasattr(nnsight.Tracer, entry.name) or entry.name.startswith("_")
+    return False
 
 
 def check() -> Iterator[Line]:

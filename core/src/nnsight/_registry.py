@@ -6,7 +6,9 @@ import difflib
 import importlib.metadata
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from nnsight._discovery import ALLOW, CORE, DISABLE, GROUPS, Entry, Switches, scan
@@ -20,6 +22,12 @@ from nnsight.errors import (
 )
 
 _ABSENT = object()
+#: What the objects of a group must be, where that is known: a test, and how it is said.
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "nnsight.modeling": (lambda value: isinstance(value, ModuleType), "a module"),
+    "nnsight.envoy": (callable, "a function of the envoy"),
+    "nnsight.tracer": (callable, "a function of the tracer"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ class Registry:
             PluginDisabledError: the environment switches its plugin off.
             MissingPluginError: it is known, but not installed.
             UnknownPluginError: nobody provides it.
-            PluginError: its plugin cannot be imported.
+            PluginError: its plugin cannot be imported, or serves an object of the wrong kind.
         """
         value = self._loaded.get((group, name), _ABSENT)
         if value is not _ABSENT:
@@ -115,15 +123,19 @@ class Registry:
         """Import the object of an entry.
 
         Raises:
-            PluginError: the import failed, for whatever reason; the reason is its cause.
+            PluginError: the import failed, for whatever reason, which is its cause; or the object is of the wrong kind.
         """
         try:
-            return entry.load()
+            value = entry.load()
         except (Exception, SystemExit) as error:  # a plugin boundary: anything may happen in foreign module code
             raise PluginError(
                 f"plugin {entry} could not be loaded: {type(error).__name__}: {error}. Reinstall {entry.distribution}, "
                 f"or leave it out with {DISABLE}={entry.distribution}."
             ) from error
+        is_right, kind = _KINDS.get(entry.group, (None, ""))
+        if is_right is not None and not is_right(value):
+            raise PluginError(f"plugin {entry} must be {kind}, not {value!r}.")
+        return value
 
     def _switched_off(self, group: str, name: str) -> Entry | None:
         return next((e for e in self.catalog.disabled if e.group == group and e.name == name), None)

@@ -24,8 +24,9 @@ _plain: Callable[..., Any] | None = None
 class TracedBackward:
     """What `tracer.backward` is: the same as `with loss.backward():`, wherever it is called."""
 
-    def __get__(self, tracer: object, owner: type | None = None) -> Callable[..., Backward]:
-        return self.open
+    def __call__(self, tracer: object, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Backward:
+        """Open a traced backward pass, as the method of a tracer; arguments as `open`."""
+        return self.open(tensor, *args, **kwargs)
 
     def open(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Backward:
         """Open a traced backward pass: `with tracer.backward(loss, retain_graph=True):`.

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
-from types import FrameType, TracebackType
+from types import FrameType, MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from nnsight._frames import hide
@@ -308,4 +308,4 @@ class Tracer:
         function = plugins.lookup("nnsight.tracer", name)
         if function is None:
             raise NotInTreeError(f"A tracer has no {name!r}, and no installed plugin provides it.")
-        return function.__get__(self, type(self))
+        return MethodType(function, self)
