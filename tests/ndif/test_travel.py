@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import linecache
 import subprocess
 import sys
 import textwrap
@@ -270,6 +271,16 @@ def test_block_at_the_top_of_a_program(tmp_path, how):
     done = subprocess.run([sys.executable, *command], input=given, capture_output=True, text=True, timeout=100)
     # `scale` was bound by the block, and not saved.
     assert done.stdout.split() == ["True", "1", "2", "0", "True", "True"], done.stderr
+
+
+def test_block_in_code_that_is_run_with_variables_of_its_own(net, x):
+    """`exec` with two dicts: neither a function nor the top of a file."""
+    text = "with net.trace(x, remote='local'):\n    found = (net[0].output * scale).save()\n"
+    linecache.cache["<run>"] = (len(text), None, text.splitlines(keepends=True), "<run>")
+    values, variables = {"__name__": "run", "scale": 1}, {"net": net, "x": x, "scale": 3}
+    exec(compile(text, "<run>", "exec"), values, variables)
+    assert torch.equal(variables["found"], net._module[0](x) * 3)
+    assert "found" not in values
 
 
 # --- What travels

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import importlib
 import inspect
 import io
 import linecache
@@ -492,6 +493,13 @@ def test_module_of_the_users_used_as_a_value_is_refused(send):
         send(lambda: dir(helpers))
     with pytest.raises(UnsendableError, match="of your files"):
         send([helpers])
+
+
+def test_file_of_the_users_that_is_called_like_a_plugin(send, tmp_path, monkeypatch):
+    (tmp_path / "nnsight_of_mine.py").write_text("def twice(value):\n    return value * 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    twice = importlib.import_module("nnsight_of_mine").twice
+    assert send(twice) is not twice and send(twice)(2) == 4
 
 
 # --- What cannot travel

@@ -335,6 +335,7 @@ CHANGES = {
     "a name of a namespace that is none": lambda header: header["sent"]["definitions"][3].append(["m", {"a b": 1}]),
     "a path that is not in the tree": lambda header: header.update(path="model.9.attn"),
     "a path that is no path": lambda header: header.update(path=["model"]),
+    "a path to what is no module": lambda header: header.update(path="model.0.weight"),
     "an edit of what is not there": lambda header: header.update(edits=["model.x"]),
     "more edits than blocks": lambda header: header.update(edits=["model"]),
     "names that are none": lambda header: header.update(names=[["model", 3, "model.0"]]),

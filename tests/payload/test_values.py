@@ -385,6 +385,11 @@ def test_what_cannot_travel_is_refused_by_name(send, value, told):
         send(value)
 
 
+def test_attribute_of_an_object_that_cannot_travel_has_its_own_remedy(send):
+    with pytest.raises(UnsendableError, match=r"its attribute 'lock': .* Or bind what the block needs of the object"):
+        send(Guarded())
+
+
 def test_refused_value_is_no_trace_in_what_is_sent_later(send):
     from nnsight.payload.packing import Packer
 

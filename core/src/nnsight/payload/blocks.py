@@ -20,6 +20,7 @@ from nnsight.payload.packing import Packer
 from nnsight.payload.sources import FUTURES, parse_lines, remember_lines, source_lines
 from nnsight.payload.unpacking import Unpacker
 
+_MISSING = object()
 _FUNCTION, _CLASS = 0x3, 0x0  # code flags: optimized, with locals of its own
 _NO_TEXT = "The text of the block at {where} is not to be had any more: its file has changed. Run it again."
 
@@ -42,7 +43,9 @@ def pack_block(packer: Packer, scope: Scope) -> dict[str, Any]:
     uses = functools.partial(attributes_of, nodes=block.parts)
     what = "The variable '{name}'"
     names = block.exposed | block.declared_global
-    own: set[str] = set() if kind == "module" else {*values, *live}
+    own = {*values, *live}
+    if kind == "module":  # its variables are the globals, unless it was run with others (`exec`)
+        own = {name for name, value in values.items() if namespace.get(name, _MISSING) is not value}
     data: dict[str, Any] = {
         "kind": kind, "filename": block.filename, "name": block.name, "qualname": block.qualname, "first": block.first,
         "futures": [name for name, flag in FUTURES.items() if block.flags & flag],
@@ -124,7 +127,8 @@ class SentBlock:
         """Return its variables, for a block that is to wait for its turn."""
         values = self._values
         if self._kind == "module":
-            values = {name: self._namespace[name] for name in self._block.names if name in self._namespace}
+            known = {**self._namespace, **values}
+            values = {name: known[name] for name in self._block.names if name in known}
         return Scope.of_values(self._block, self._namespace, values, self._live)
 
     def run(self, entered: object) -> None:
@@ -134,7 +138,7 @@ class SentBlock:
             entered: what `as` binds.
         """
         if self._kind == "module":
-            self._namespace[ENTERED] = entered
+            self._namespace.update({**self._values, ENTERED: entered})
             exec(_module_code(self._block), self._namespace)
         else:
             self._scope = self.scope()

@@ -9,6 +9,7 @@ import os
 import sys
 import sysconfig
 import types
+from importlib import metadata
 from typing import Any
 
 from nnsight.errors import InputError
@@ -76,11 +77,23 @@ def is_installed(module: types.ModuleType) -> bool:
     top, _, below = module.__name__.partition(".")
     file: str | None = getattr(module, "__file__", None)
     if file is not None and os.path.isabs(file):
-        return top.startswith("nnsight") or file.startswith(_roots())
+        return file.startswith(_roots()) or _is_ours(top)
     if below:  # a part of a package that has no file of its own, such as one in C
         return top in sys.modules and is_installed(sys.modules[top])
     places = [*getattr(module, "__path__", ())]
     return top in sys.builtin_module_names or any(place.startswith(_roots()) for place in places)
+
+
+@functools.cache
+def _is_ours(package: str) -> bool:
+    """Return whether a package is this one or a plugin of it, wherever it is: it may be installed from its sources."""
+    if package == "nnsight" or not package.startswith("nnsight_"):
+        return package == "nnsight"
+    try:
+        metadata.distribution(package.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return False  # a file of the user's that is called so
+    return True
 
 
 @functools.cache

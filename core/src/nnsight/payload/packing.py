@@ -37,6 +37,8 @@ _REMEDY = (
     "modules and what installed packages define can be; make anything else inside of the block."
 )
 
+_HINT = " Or bind what the block needs of the object to a variable before the block, and use that."
+
 #: A step on the way to what cannot travel, and why it cannot.
 Reason = str
 
@@ -95,7 +97,8 @@ class Packer:
         except RefusedError as error:
             place = "".join(f", {step}" for step in reversed(error.steps))
             of_block = f" of the block at {self.where}" if self.where else ""
-            raise UnsendableError(f"{what}{of_block} cannot be sent{place}: {error}") from None
+            hint = _HINT if any(step.startswith("its attribute") for step in error.steps) else ""
+            raise UnsendableError(f"{what}{of_block} cannot be sent{place}: {error}{hint}") from None
 
     def pack(self, value: Any) -> Any:
         """Return a value as data.

@@ -13,6 +13,7 @@ import torch
 
 from nnsight.capture.cells import Scope
 from nnsight.errors import PayloadError
+from nnsight.kernel.envoy import Envoy
 from nnsight.payload import container
 from nnsight.payload.sending import SentBlocks, pack_blocks
 from nnsight.payload.tensors import Put
@@ -99,11 +100,13 @@ class Run:
         check_model(self.model, root)
         for path in (self.path, *self.edits):
             try:
-                root.get(path)
+                found = root.get(path)
             except (AttributeError, LookupError) as error:
                 raise PayloadError(
                     f"This payload is about `{path:.200}`, which is not in the model here: {error}"
                 ) from None
+            if not isinstance(found, Envoy):
+                raise PayloadError(f"This payload is about `{path:.200}`, which is no module of the model here.")
 
     def laid(self, put: Put) -> dict[str, Any]:
         """Return the blocks as `pack_blocks` does, with the bytes of tensors laid down anew, for another process."""
