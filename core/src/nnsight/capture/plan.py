@@ -41,7 +41,8 @@ class Plan:
         """Return the body of its block as the code of a closure over these cells."""
         code = self._code
         if code is None:
-            cells = block.variables if block.is_function else block.live.union(self.given, self.empty)
+            # What the block around this one reads from others is no variable of its code, but given here all the same.
+            cells = block.variables.union(self.given) if block.is_function else block.live.union(self.given, self.empty)
             code = self._code = block.compile(cells, self.marked)
             self.loads = LOAD in code.co_freevars
         return code
