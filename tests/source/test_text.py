@@ -127,23 +127,3 @@ def test_file_edited_since_is_an_error(tmp_path, monkeypatch):
     path.write_text(HEAD + "        return torch.sigmoid(x)  # longer than it was\n")
     with pytest.raises(SourceError, match=r"`Net.forward` .* is not what is running"):
         NNsight(old.Net()).source
-
-
-def test_fast_path_of_multihead_attention_says_how_to_reach_it():
-    net = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-    model = NNsight(net)
-    with torch.no_grad(), model.trace(x, x, x):
-        with pytest.raises(ValueError, match=r"torch.backends.mha.set_fastpath_enabled\(False\)"):
-            model.source.F_multi_head_attention_forward_0.output
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), model.trace(x, x, x):
-            inner = model.source.F_multi_head_attention_forward_1.source
-            pattern = inner.softmax_0.output
-            got = model.source.F_multi_head_attention_forward_1.output
-        expected, weights = net(x, x, x, average_attn_weights=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    assert torch.allclose(got[0].transpose(0, 1), expected.detach(), atol=1e-6)
-    assert torch.allclose(pattern.view(1, 2, 3, 3), weights.detach(), atol=1e-6)

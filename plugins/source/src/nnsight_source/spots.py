@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 #: The kinds of operations, and what the name of each is put behind.
 KINDS = {"call": "", "variable": "vars.", "operator": "ops.", "return": ""}
 
-_NEVER_PYTHON = ("MultiheadAttention.forward", "TransformerEncoderLayer.forward", "TransformerEncoder.forward")
+#: What torch computes whole layers with, in one call.
+_FUSED = ("torch._native_multi_head_attention", "torch._transformer_encoder_layer_fwd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +127,11 @@ class Rewritten:
         if spot.kind == "call" and port == "input" and spot.input < 0:
             return ""
         where = f"It is at {self.file}:{spot.line}, in `{self.name}`"
-        if self.name in _NEVER_PYTHON:
+        first = number - (spot.input if port == "input" else spot.output)
+        if any(one.callee in _FUSED and run.count(first + one.output) for one in self.spots["call"].values()):
             return (
-                f"{where}. In eval mode without gradients torch runs this as one fused C++ operation that never passes "
-                "through Python. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace, and its "
+                f"{where}. In eval mode without gradients torch runs this as one fused C++ operation, which never "
+                "passes through Python. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace, and its "
                 "operations are reached."
             )
         if spot.under:
