@@ -9,7 +9,7 @@ from torch import nn
 from nnsight import MissedProviderError, NNsight
 
 X = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-HOW = r"one fused C\+\+ operation, which never passes through Python. Call `torch.backends.mha.set_fastpath_enabled\(False"
+HOW = r"one fused C\+\+ operation, which never passes through Python. Call `torch.backends.mha.set_fastpath"
 
 
 @pytest.fixture

@@ -131,8 +131,8 @@ class Rewritten:
         if any(one.callee in _FUSED and run.count(first + one.output) for one in self.spots["call"].values()):
             return (
                 f"{where}. In eval mode without gradients torch runs this as one fused C++ operation, which never "
-                "passes through Python. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace, and its "
-                "operations are reached."
+                "passes through Python. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace, and "
+                "its operations are reached."
             )
         if spot.under:
             line, what = spot.under[-1]
