@@ -15,6 +15,8 @@ from nnsight.joint.containers import is_registered, rebuild_sequence, transform,
 from nnsight.kernel.envoy import Envoy
 
 Copier = Callable[[Any], Any]
+#: `id` of an original -> itself, for another might get its `id` when it is gone, and its copy.
+Memo = dict[int, tuple[Any, Any]]
 _SHARED = (nn.Module, Envoy, super, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
@@ -55,11 +57,12 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     return _copy(value, function, {})
 
 
-def _copy(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, Any]) -> Any:
+def _copy(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo: Memo) -> Any:
     """Copy a value; what occurs twice in it is copied once, and what holds no tensor stays the object it is."""
     new: Any
-    if id(value) in memo:
-        return memo[id(value)]
+    known = memo.get(id(value))
+    if known is not None:
+        return known[1]
     if isinstance(value, torch.Tensor):
         new = copy_tensor(value)
     elif isinstance(value, _PLAIN):
@@ -72,23 +75,24 @@ def _copy(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo:
         return value
     else:
         return _copy_object(value, copy_tensor, memo)
-    memo[id(value)] = new
+    memo[id(value)] = value, new
     return new
 
 
-def _copy_object(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, Any]) -> Any:
+def _copy_object(value: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor], memo: Memo) -> Any:
     """Copy an object if there are tensors in it, such as the keys and values that a language model keeps."""
-    key = id(value)
+    given = value
     if is_registered(value):  # what it holds nothing of yet may be filled before the copy is looked at
         value = transform(value, lambda leaf: leaf)
-    memo[key] = value
+    memo[id(given)] = given, value
     if hasattr(value, "__dict__"):
         attributes = dict(value.__dict__)
     else:
         attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if not any(_holds_tensor(item) for item in attributes.values()):
         return value
-    new = memo[key] = copy.copy(value)
+    new = copy.copy(value)
+    memo[id(given)] = given, new
     for name, item in attributes.items():
         object.__setattr__(new, name, _copy(item, copy_tensor, memo))
     return new

@@ -21,6 +21,10 @@ def register() -> None:
 def _transform(found: Any, function: Callable[[Any], Any]) -> Any:
     """Return a cache of the same kind whose keys and values, (B, heads, T, head size), are what `function` gives."""
     new = copy.copy(found)
+    if not hasattr(found, "layers"):  # that of an encoder with a decoder is two
+        for name in ("self_attention_cache", "cross_attention_cache"):
+            setattr(new, name, _transform(getattr(found, name), function))
+        return new
     new.layers = [_transform_layer(layer, function) for layer in found.layers]
     return new
 
