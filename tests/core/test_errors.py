@@ -1,5 +1,6 @@
 """Requests that cannot be met and input that cannot be used: which error, when, and what it says."""
 
+import pickle
 import traceback
 
 import pytest
@@ -8,7 +9,7 @@ from modules import WIDTH, Calls, Net, assert_usable, plain, rows, seeded
 from torch import nn
 
 import nnsight
-from nnsight import NNsight
+from nnsight import NNsight, _words
 from nnsight.errors import (
     MissedProviderError,
     NoInputError,
@@ -357,6 +358,41 @@ def test_unknown_name_gives_the_nearest(model):
     with pytest.raises(IndexError, match="`model.h` has 3 children, so there is no 3"):
         _ = model.h[3]
     assert not hasattr(model, "lm_haed")
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"), [("tracee", "trace"), ("outptu", "output"), ("sesion", "session"), ("scna", "scan")]
+)
+def test_misspelt_method_of_the_library_or_of_a_plugin_names_the_nearest(model, misspelt, meant):
+    with pytest.raises(NotInTreeError, match=rf"{misspelt!r}\. Nearest: .*\b{meant}\b"):
+        getattr(model, misspelt)
+
+
+def test_misspelt_method_of_a_tracer_names_the_nearest(model):
+    for misspelt, meant in (("cahce", "cache"), ("invok", "invoke"), ("barier", "barrier")):
+        with model.trace(rows()) as tracer, pytest.raises(NotInTreeError, match=rf"Nearest: .*\b{meant}\b"):
+            getattr(tracer, misspelt)
+
+
+def test_names_of_plugins_are_among_the_attributes(model):
+    assert {"scan", "edit", "session", "trace", "h", "output"} <= set(dir(model))
+    with model.trace(rows()) as tracer:
+        assert {"cache", "barrier", "invoke", "stop"} <= set(dir(tracer))
+
+
+def test_asking_for_an_absent_name_looks_for_no_other(model, monkeypatch):
+    looked = []
+    monkeypatch.setattr(_words, "nearest", lambda name, names: looked.append(name) or "")
+    assert not hasattr(model, "transfromer") and not hasattr(model.h[0], "mpl")
+    assert looked == []
+
+
+def test_error_of_a_misspelt_name_travels_with_its_whole_message(model):
+    with pytest.raises(NotInTreeError) as raised:
+        _ = model.transformre
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert type(again) is NotInTreeError and again.args == (str(raised.value),)
+    assert type(again.args[0]) is str and "Nearest: " in again.args[0]
 
 
 def test_unknown_name_inside_a_block_is_the_same_error(model):

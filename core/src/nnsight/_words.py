@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,8 +34,37 @@ def skip(value: Any) -> str:
 
 def nearest(name: str, names: Iterable[Any]) -> str:
     """Return ` Nearest: ...` with the names closest to a misspelt one, or nothing."""
-    near = difflib.get_close_matches(name, sorted({str(one) for one in names}), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, sorted({str(one) for one in names}), n=3)
     return f" Nearest: {', '.join(near)}." if near else ""
+
+
+class Misspelt:
+    """A message that ends with the names nearest to one that is not there; looked for when it is read, which few are.
+
+    Args:
+        text: the message.
+        name: what was asked for.
+        owner: what has the names.
+    """
+
+    def __init__(self, text: str, name: str, owner: object) -> None:
+        self._text = text
+        self._name = name
+        self._owner = weakref.ref(owner)
+
+    def __str__(self) -> str:
+        owner = self._owner()
+        if owner is not None:
+            names = (name for name in dir(owner) if self._name.startswith("_") or not name.startswith("_"))
+            self._text += nearest(self._name, names)
+            self._owner = lambda: None  # type: ignore[assignment]
+        return self._text
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
 
 
 def shape_of(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import nn
 
-from nnsight._words import nearest
+from nnsight._words import Misspelt, nearest
 from nnsight.errors import NotInTreeError, OrphanError
 from nnsight.kernel import display, growth
 from nnsight.kernel.blocks import find, open_blocks, open_here, require
@@ -277,7 +277,8 @@ class Envoy:
         return display.show(self)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._module), *filter(str.isidentifier, self._children)})
+        names = filter(str.isidentifier, (*self._children, *self._aliases))
+        return sorted({*super().__dir__(), *dir(self._module), *names})
 
     # -- attributes of the module ----------------------------------------------------------------------------------
 
@@ -301,10 +302,8 @@ class Envoy:
             found = self._lookup(name)
             if found is not None:
                 return found
-            raise NotInTreeError(
-                f"`{self._path}` ({type(module).__name__}) has neither a module nor an attribute {name!r}."
-                + nearest(name, [*self._children, *self._aliases, *(n for n in dir(module) if not n.startswith("_"))])
-            ) from None
+            told = f"`{self._path}` ({type(module).__name__}) has neither a module nor an attribute {name!r}."
+            raise NotInTreeError(Misspelt(told, name, self)) from None
 
     def _lookup(self, name: str) -> Any:
         """Return what a name means that neither envoy nor module has; None for nothing."""

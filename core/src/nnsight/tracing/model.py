@@ -144,6 +144,11 @@ class Envoy(kernel.Envoy):
         function = plugins.lookup("nnsight.envoy", name)
         return None if function is None else function(self)
 
+    def __dir__(self) -> list[str]:
+        from nnsight import plugins  # lazy: as above
+
+        return sorted({*super().__dir__(), *plugins.names("nnsight.envoy")})
+
 
 class NNsight(Envoy):
     """Wraps any `nn.Module` so that blocks can read and change what happens in it.

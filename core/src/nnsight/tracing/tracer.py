@@ -16,6 +16,7 @@ from types import FrameType, MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from nnsight._frames import hide
+from nnsight._words import Misspelt
 from nnsight.errors import InvokeError, NotInTreeError, TracerStateError
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import close_block, find, open_block, require, wrong_thread
@@ -307,5 +308,11 @@ class Tracer:
 
         function = plugins.lookup("nnsight.tracer", name)
         if function is None:
-            raise NotInTreeError(f"A tracer has no {name!r}, and no installed plugin provides it.")
+            told = f"A tracer has no {name!r}, and no installed plugin provides it."
+            raise NotInTreeError(Misspelt(told, name, self))
         return MethodType(function, self)
+
+    def __dir__(self) -> list[str]:
+        from nnsight import plugins  # lazy: as above
+
+        return sorted({*super().__dir__(), *plugins.names("nnsight.tracer")})
