@@ -389,7 +389,7 @@ def test_asking_for_an_absent_name_looks_for_no_other(model, monkeypatch):
 
 def test_error_of_a_misspelt_name_travels_with_its_whole_message(model):
     with pytest.raises(NotInTreeError) as raised:
-        _ = model.transformre
+        _ = model.outptu
     again = pickle.loads(pickle.dumps(raised.value))
     assert type(again) is NotInTreeError and again.args == (str(raised.value),)
     assert type(again.args[0]) is str and "Nearest: " in again.args[0]
