@@ -176,6 +176,8 @@ def main(count):
 
     receive(("bytes", [(0, "set", honest[:1])]))
     assert tally["read"] == 1, "the honest payload must be read"
+    # What hypothesis makes once, of all characters there are, is not ours to pay for.
+    settings(max_examples=1, database=None)(given(cases)(lambda case: None))()
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
