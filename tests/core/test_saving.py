@@ -177,8 +177,11 @@ def test_nothing_has_save_outside_of_a_block(model, x):
 
 
 @pytest.mark.parametrize("value", [torch.ones(1), [1], 5, None], ids=lambda value: type(value).__name__)
-def test_missing_save_is_an_attribute_error_like_any_other(model, value):
-    with pytest.raises(AttributeError, match=rf"^'{type(value).__name__}' object has no attribute 'save'$") as caught:
+def test_missing_save_is_an_attribute_error_that_says_where_it_is(model, value):
+    message = (
+        rf"^'{type(value).__name__}' object has no attribute 'save' outside of a trace: variables keep their values"
+    )
+    with pytest.raises(AttributeError, match=message) as caught:
         value.save()
     assert caught.value.name == "save"
     assert getattr(value, "save", "default") == "default"

@@ -12,8 +12,8 @@ def check_module(module: object) -> None:
     """Raise `WrapError` for what cannot be wrapped, saying what to wrap instead."""
     if not isinstance(module, nn.Module):
         raise WrapError(
-            f"Only a torch.nn.Module can be wrapped, not {type(module).__name__!r}. For the name of a model on the "
-            "Hugging Face hub use nnsight.LanguageModel."
+            f"Only a torch.nn.Module can be wrapped, not {type(module).__name__!r}. nnsight.LanguageModel also "
+            "takes the name of a repository on the Hugging Face hub, a folder or a .gguf file."
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise WrapError(

@@ -55,7 +55,10 @@ class _Save:
             return save  # torch looks at every name in `dir(torch.Tensor)`, and takes what is there to be callable
         if of_class or innermost() is None or not CONFIG.APP.PYMOUNT:
             name = (owner or type(instance)).__name__
-            raise AttributeError(f"{name!r} object has no attribute 'save'", name="save", obj=instance)
+            where = "outside of a trace: variables keep their values there"
+            if not CONFIG.APP.PYMOUNT:
+                where = "(CONFIG.APP.PYMOUNT is off): use nnsight.save(x)"
+            raise AttributeError(f"{name!r} object has no attribute 'save' {where}", name="save", obj=instance)
         return functools.partial(save, instance)
 
 
