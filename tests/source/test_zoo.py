@@ -113,6 +113,15 @@ def test_all_operations_of_all_forwards_in_a_generation(name):
     assert check_forwards(net, inputs, fn="generate") > 300
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba"])
+def test_all_operations_of_experts_computed_one_after_another(name):
+    """Otherwise what computes them is no forward, but a function that their forward is replaced by."""
+    eager = {"experts_implementation": "eager"}
+    assert check_forwards(zoo.build(name, **eager), {"input_ids": IDS}) > check_forwards(
+        zoo.build(name), {"input_ids": IDS}
+    )
+
+
 @pytest.mark.parametrize("name", more_zoo.ARCHITECTURES)
 def test_all_operations_of_all_forwards(name):
     assert check_forwards(more_zoo.build(name), more_zoo.inputs_of(name)) > 100
