@@ -386,3 +386,23 @@ def test_imported_source_that_leaves_its_block_is_refused(net, model, tmp_path):
     path.write_bytes(path.read_bytes().replace(b"_ = 1", b"yield"))
     with pytest.raises((CaptureError, EditFileError)):
         NNsight(net).import_edits("mine", tmp_path)
+
+
+def test_edits_of_a_part_that_is_called_as_the_root_are_found(tmp_path):
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.model(x))
+
+    model, x = NNsight(Around()), torch.ones(1, 4)
+    with model.edit(inplace=True):
+        model.model.output = model.model.output * 2
+    model.export_edits("mine", tmp_path)
+    fresh = NNsight(model._module)
+    fresh.import_edits("mine", tmp_path)
+    with fresh.trace(x):
+        result = fresh.output
+    assert torch.equal(result, model._module.head(model._module.model(x) * 2))

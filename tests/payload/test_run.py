@@ -256,3 +256,32 @@ def test_header_is_json_and_tensors_are_safetensors(model, x):
     pieces = load(content[4 + size :])
     assert sorted(len(piece) for piece in pieces.values()) == [24, 48]
     assert any(piece.view(torch.float32).tolist() == table.tolist() for piece in pieces.values() if len(piece) == 24)
+
+
+class Around(nn.Module):
+    """A model whose main part is called `model`, as those of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.model(x))
+
+
+def test_path_of_a_part_that_is_called_as_the_root_is_its_own():
+    model, x = NNsight(Around()), torch.ones(1, 4)
+    for envoy in (model, model.model, model.model[0], model.head):
+        assert payload.envoy_at(model, envoy.path) is envoy
+    for path in ("model.model.9", "head", "", "other.model"):
+        with pytest.raises((LookupError, AttributeError)):
+            payload.envoy_at(model, path)
+    sent = Sent(model.model, "trace", x)
+    with sent:
+        model.model[0].output = model.model[0].output * 2
+    run = payload.Run(sent.bytes)
+    run.check(model)
+    assert run.path == "model.model"
+    saved = b"".join(payload.write_results({"part": model.model}, model))
+    assert payload.Results(saved, model).values["part"] is model.model

@@ -11,6 +11,7 @@ import json
 import linecache
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from nnsight.builtin import tensorfile
 from nnsight.builtin.edit import Edit
 from nnsight.config import CONFIG
 from nnsight.errors import EditFileError, NotInTreeError, PayloadError, UnsendableError
-from nnsight.payload import SentBlocks, pack_blocks
+from nnsight.payload import SentBlocks, envoy_at, pack_blocks
 
 if TYPE_CHECKING:
     from nnsight.tracing.model import Envoy
@@ -115,7 +116,7 @@ def _read(about: Any, pieces: dict[str, torch.Tensor], root: Any, called: str) -
     """
     if about["format"] != _FORMAT:
         raise ValueError(f"its format is {about['format']}, and this version reads {_FORMAT}")
-    edited = [root.get(path) for path in about["envoys"]]
+    edited = [envoy_at(root, path) for path in about["envoys"]]
     modules = {path: found._module for path, found in root.named_modules()}
     names: dict[str, str] = {}
     # Files of their own: the lines of the user's, and of edits that were imported before, must stay what they are.
@@ -126,7 +127,7 @@ def _read(about: Any, pieces: dict[str, torch.Tensor], root: Any, called: str) -
             names[filename] = next(name for name in free if name not in linecache.cache and name not in names.values())
         return names[filename]
 
-    sent = SentBlocks(about["edits"], pieces.__getitem__, root.get, modules.__getitem__, called=rename)
+    sent = SentBlocks(about["edits"], pieces.__getitem__, partial(envoy_at, root), modules.__getitem__, called=rename)
     if len(sent.blocks) != len(edited):
         raise PayloadError("It has not as many edits as it says.")
     return list(zip(edited, sent.blocks, strict=True))

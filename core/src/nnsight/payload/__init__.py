@@ -14,4 +14,5 @@ from nnsight.payload.run import write_run as write_run
 from nnsight.payload.sending import SentBlocks as SentBlocks
 from nnsight.payload.sending import pack_blocks as pack_blocks
 from nnsight.payload.tree import describe_model as describe_model
+from nnsight.payload.tree import envoy_at as envoy_at
 from nnsight.payload.tree import model_key as model_key

@@ -14,6 +14,7 @@ import torch
 from nnsight.errors import PayloadError
 from nnsight.payload import container
 from nnsight.payload.packing import Packer
+from nnsight.payload.tree import envoy_at
 from nnsight.payload.unpacking import Unpacker
 from nnsight.payload.views import Views
 
@@ -86,7 +87,7 @@ class Results:
         def find(path: str) -> Any:
             if root is None:
                 raise LookupError("there is no model")
-            return root.get(path)
+            return envoy_at(root, path)
 
         unpacker = Unpacker(shared, Views(tensors, get), find, lambda path: find(path)._module)
         unpacker.root = root

@@ -17,7 +17,7 @@ from nnsight.kernel.envoy import Envoy
 from nnsight.payload import container
 from nnsight.payload.sending import SentBlocks, pack_blocks
 from nnsight.payload.tensors import Put
-from nnsight.payload.tree import check_model, describe_model
+from nnsight.payload.tree import check_model, describe_model, envoy_at
 
 
 def write_run(
@@ -100,7 +100,7 @@ class Run:
         check_model(self.model, root)
         for path in (self.path, *self.edits):
             try:
-                found = root.get(path)
+                found = envoy_at(root, path)
             except (AttributeError, LookupError) as error:
                 raise PayloadError(
                     f"This payload is about `{path:.200}`, which is not in the model here: {error}"

@@ -10,6 +10,7 @@ import torch
 
 from nnsight._version import __version__
 from nnsight.errors import PayloadError
+from nnsight.kernel.envoy import Envoy
 
 
 def describe_model(root: Any) -> dict[str, Any]:
@@ -29,6 +30,26 @@ def model_key(root: Any) -> str:
     repository = getattr(root, "repo_id", None)
     name = repository if isinstance(repository, str) and repository else f"{module.__module__}.{module.__qualname__}"
     return f"{type(root).__name__}:{name}"
+
+
+def envoy_at(root: Any, path: str) -> Any:
+    """Return what has a path in a tree. `root.get` may not: a part of the model can be called `model`, too.
+
+    Args:
+        root: the root envoy.
+        path: what `envoy.path` was at the other end: it begins with the root's own name.
+
+    Raises:
+        LookupError, AttributeError: there is nothing.
+    """
+    own, _, rest = path.partition(".")
+    if own != root.path:
+        raise LookupError(f"{path!r:.200} does not begin with {root.path!r}")
+    found = root
+    for name in rest.split(".") if rest else ():
+        child = found._children.get(name) if isinstance(found, Envoy) else None
+        found = child if child is not None else getattr(found, name)
+    return found
 
 
 def check_model(described: Any, root: Any) -> None:

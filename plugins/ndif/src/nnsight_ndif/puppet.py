@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight import Envoy, Interleaver, NNsight, current_run
+from nnsight import Envoy, Interleaver, NNsight, current_run, payload
 from nnsight.protocols import Inputs
 from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.errors import FrameError, NotInRunnerError
@@ -253,7 +253,7 @@ class StandInModel(StandInEnvoy, NNsight):
         super().__init__(link.modules["model"])
         for path in mounted:
             parent, _, name = path.rpartition(".")
-            self._at(parent).mount(name, link.modules[path])
+            payload.envoy_at(self, parent).mount(name, link.modules[path])
         theirs = {(path, port): number for number, (path, port) in enumerate(locations)}
         for number, location in enumerate(self._tree.locations):
             found = theirs.get((location.path, location.port))
@@ -261,9 +261,6 @@ class StandInModel(StandInEnvoy, NNsight):
                 link.theirs[number], link.ours[found] = found, number
         self._tree.ends[:] = [link.ours[number] for number in ends if number in link.ours]
         link.result = link.theirs[self._tree.result]
-
-    def _at(self, path: str) -> Any:
-        return self.get(path)
 
     def rows(self, tensor: torch.Tensor, batch: Any) -> slice | None:
         joint = batch.joint

@@ -80,9 +80,10 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
     random.seed(order["seed"])
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(order["seed"] % (1 << 32))
-    envoy = model.get(order["path"])
+    find = partial(payload.envoy_at, model)
+    envoy = find(order["path"])
     sent = payload.SentBlocks(
-        order["sent"], link.incoming.get, model.get, link.modules.__getitem__, lambda _: torch.device("cpu")
+        order["sent"], link.incoming.get, find, link.modules.__getitem__, lambda _: torch.device("cpu")
     )
     (block,) = sent.blocks
     if order["method"] == "session":
