@@ -114,6 +114,32 @@ def test_methods_of_a_module_are_looked_into(random_model, ids):
     assert torch.equal(scale, torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + norm.eps))
 
 
+def test_experts_that_are_computed_together_are_reached_through_the_wrapper(random_model, ids, monkeypatch):
+    from transformers.integrations import moe
+
+    mixtral = random_model("mixtral")
+    model = NNsight(mixtral)
+    assert mixtral.config._experts_implementation == "grouped_mm"
+    source = model.model.layers[1].mlp.experts.source
+    with torch.no_grad(), model.trace(input_ids=ids) as tracer:
+        inside = source.wrapper.experts_forward_0.source
+        inside._grouped_linear_1.output = inside._grouped_linear_1.output * 2
+        edited = tracer.result.logits
+    with pytest.raises(ValueError, match="was not called: what it is wrapped in called something else"):
+        with model.trace(input_ids=ids):
+            source.nn_functional_linear_0.output
+    linear, calls = moe._grouped_linear, []
+
+    def doubled(*args, **kwargs):
+        calls.append(1)
+        return linear(*args, **kwargs) * (2 if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(moe, "_grouped_linear", doubled)
+    with torch.no_grad():
+        assert torch.equal(edited, mixtral(ids).logits)
+    assert len(calls) == 6
+
+
 def test_edit_three_levels_deep_reaches_the_result(random_model, ids, monkeypatch):
     eager = random_model("gpt2", attn_implementation="eager")
     model = NNsight(eager)

@@ -15,7 +15,7 @@ from torch import nn
 
 from nnsight import Interleaver, current_run
 from nnsight_source.errors import SourceError
-from nnsight_source.peel import peel
+from nnsight_source.peel import Change, peel
 from nnsight_source.place import Anchor, stand_in
 from nnsight_source.rewrite import OPERATORS, known_rewritten
 from nnsight_source.spots import Rewritten
@@ -35,26 +35,28 @@ class Live:
         run: the run.
         rewritten: the function.
         first: the number of its first location.
+        layer: how far it is from the innermost function of what is called: 0, or of a decorator.
         passes: how often what contains it has been called in this run already, without being looked into.
         is_entered: whether the last of these calls is still going on.
 
     Attributes:
         inner: the functions that are looked into when an operation calls them, by the number of its input.
-        known: the function that an operation was last found to call, and what that is bound to.
+        known: the functions that an operation was last found to call, and what they are bound to.
         called: what the operation calls at whose input the model stands.
     """
 
-    __slots__ = ("_cells", "called", "first", "inner", "is_entered", "known", "passes", "rewritten")
+    __slots__ = ("_cells", "called", "first", "inner", "is_entered", "known", "layer", "passes", "rewritten")
 
     def __init__(
-        self, run: Interleaver, rewritten: Rewritten, first: int, passes: int = 0, is_entered: bool = False
+        self, run: Interleaver, rewritten: Rewritten, first: int, layer: int, passes: int = 0, is_entered: bool = False
     ) -> None:
         self.rewritten = rewritten
         self.first = first
+        self.layer = layer
         self.passes = passes
         self.is_entered = is_entered
         self.inner: dict[int, list[Live]] = {}
-        self.known: dict[int, tuple[FunctionType, Any]] = {}
+        self.known: dict[int, tuple[list[FunctionType], Any]] = {}
         self.called: dict[int, Any] = {}
         run.count(first + rewritten.size - 1)  # from here on all of them are counted
         if passes:
@@ -65,6 +67,10 @@ class Live:
                     run.counts[first + spot.input] = passes
         call, value = _make_visits(run, first, self.inner, self.called)
         self._cells = {CALL: CellType(call), VALUE: CellType(value), **_operator_cells}
+
+    def is_in(self, functions: list[FunctionType]) -> bool:
+        """Whether the functions of a callable are such that this is one of them."""
+        return self.layer < len(functions) and known_rewritten(functions[self.layer].__code__) is self.rewritten
 
     def around(self, function: FunctionType) -> FunctionType:
         """Return a function rewritten, with the closure, the globals and the default values that it has."""
@@ -136,30 +142,28 @@ def _without_visits(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _look_into(lives: list[Live], function: Any) -> Any:
-    """Return a callable with its function rewritten, if it is one that is looked into."""
+    """Return a callable with its functions rewritten that are looked into."""
     if isinstance(function, nn.Module):
         return function
     try:
-        inner, rebuild = peel(function)
+        functions, rebuild = peel(function)
     except SourceError:
         return function
-    found = known_rewritten(inner.__code__)
-    for live in lives:
-        if live.rewritten is found:
-            return rebuild(live.around(inner))
-    return function
+    changes = {live.layer: live.around for live in lives if live.is_in(functions)}
+    return rebuild(changes) if changes else function
 
 
 class _Table:
     """What one run looks into. It takes everything away when it is called, and can put it in place again."""
 
-    __slots__ = ("_calls", "_leaving", "_modules", "forwards", "lives", "run")
+    __slots__ = ("_calls", "_changes", "_leaving", "_modules", "forwards", "lives", "run")
 
     def __init__(self, run: Interleaver) -> None:
         self.run = run
         self.lives: dict[int, Live] = {}
         self.forwards: dict[int, Callable[..., Any]] = {}
         self._modules: list[tuple[nn.Module, int, int]] = []
+        self._changes: dict[int, dict[int, Change]] = {}
         self._calls: list[tuple[int, int, int]] = []
         self._leaving: list[Callable[[], None]] = []
         _tables[run] = self
@@ -168,12 +172,14 @@ class _Table:
     def add_module(self, module: nn.Module, around: int, live: Live) -> bool:
         """Put the rewritten forward of a module in place; False when the module has another forward by now."""
         anchor = Anchor(module)
-        inner, rebuild = peel(anchor.value)
-        if known_rewritten(inner.__code__) is not live.rewritten:
+        functions, rebuild = peel(anchor.value)
+        if not live.is_in(functions):
             return False
         self.lives[live.first] = live
         self._modules.append((module, around, live.first))
-        self.forwards[id(module)] = _without_visits(anchor.bind(rebuild(live.around(inner))))
+        changes = self._changes.setdefault(id(module), {})
+        changes[live.layer] = live.around
+        self.forwards[id(module)] = _without_visits(anchor.bind(rebuild(changes)))
         self._leaving.append(stand_in(anchor, _forward_in_run))
         return True
 
@@ -202,7 +208,7 @@ class _Table:
         run, rewritten, first = self.run, live.rewritten, live.first
         run.count(first + rewritten.size - 1)
         is_counted = any(run.counts[first : first + rewritten.size])
-        return Live(run, rewritten, first, 0 if is_counted else run.count(around))
+        return Live(run, rewritten, first, live.layer, 0 if is_counted else run.count(around))
 
 
 _tables: dict[Any, _Table] = {}
@@ -214,7 +220,9 @@ def find_live(run: Interleaver, first: int) -> Live | None:
     return None if table is None else table.lives.get(first)
 
 
-def look_into_module(run: Interleaver, first: int, around: int, module: nn.Module, rewritten: Rewritten) -> Live:
+def look_into_module(
+    run: Interleaver, first: int, around: int, module: nn.Module, rewritten: Rewritten, layer: int
+) -> Live:
     """Put the rewritten forward of a module in place for a run.
 
     Args:
@@ -222,18 +230,18 @@ def look_into_module(run: Interleaver, first: int, around: int, module: nn.Modul
         first: the number of its first location.
         around: the number of the module's input.
         module: the module.
-        rewritten: its forward.
+        rewritten: its forward, or what wraps that, `layer` times.
 
     Raises:
         SourceError: the module has another forward by now.
     """
-    live = _begin(run, rewritten, first, around)
+    live = _begin(run, rewritten, first, around, layer)
     if not (_tables.get(run) or _Table(run)).add_module(module, around, live):
         raise SourceError(_REPLACED.format(name=rewritten.name))
     return live
 
 
-def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewritten: Rewritten) -> Live:
+def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewritten: Rewritten, layer: int) -> Live:
     """Put a rewritten function in place for a run, wherever one operation calls the function.
 
     Args:
@@ -241,16 +249,16 @@ def look_into_call(run: Interleaver, first: int, outer: Live, index: int, rewrit
         first: the number of its first location.
         outer: the function with the operation.
         index: the number of the operation's input, in that function.
-        rewritten: the function that it calls.
+        rewritten: the function that it calls, or what wraps that, `layer` times.
     """
-    live = _begin(run, rewritten, first, outer.first + index)
+    live = _begin(run, rewritten, first, outer.first + index, layer)
     _tables[run].add_call(outer, index, live)
     return live
 
 
-def _begin(run: Interleaver, rewritten: Rewritten, first: int, around: int) -> Live:
+def _begin(run: Interleaver, rewritten: Rewritten, first: int, around: int, layer: int) -> Live:
     passes = run.count(around) - (run.at == around)
-    return Live(run, rewritten, first, passes, passes > run.count(around + 1))
+    return Live(run, rewritten, first, layer, passes, passes > run.count(around + 1))
 
 
 def _forward_in_run(module: nn.Module) -> Callable[..., Any] | None:

@@ -1,12 +1,13 @@
-"""From what is called to the Python function that does the work, and back with another function in its place.
+"""From what is called to the Python functions that do the work, and back with others in their place.
 
 Decorators, bound methods, partials and callable objects are layers around a function. A layer is rebuilt around the
-new function with everything else it has: a decorator is its own code with one cell exchanged.
+new function with everything else it has: a decorator is its own code with one cell exchanged, and a Python function
+as well, which can be replaced in its turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
@@ -15,13 +16,16 @@ from torch import nn
 
 from nnsight_source.text import no_source
 
-Rebuild = Callable[[FunctionType], Any]
+Change = Callable[[FunctionType], FunctionType]
+
+#: Makes the same callable again, of functions that are changed: by how far they are from the innermost, which is 0.
+Rebuild = Callable[[Mapping[int, Change]], Any]
 
 _DEPTH = 20
 
 
-def peel(target: Any, depth: int = _DEPTH) -> tuple[FunctionType, Rebuild]:
-    """Return the innermost function of a callable, and what makes the same callable around another function.
+def peel(target: Any, depth: int = _DEPTH) -> tuple[list[FunctionType], Rebuild]:
+    """Return the functions of a callable, innermost first, and what makes the same callable of others.
 
     Raises:
         SourceError: no Python function is in it.
@@ -29,23 +33,25 @@ def peel(target: Any, depth: int = _DEPTH) -> tuple[FunctionType, Rebuild]:
     if isinstance(target, FunctionType):
         cell = _inner_cell(target) if depth else None
         if cell is None:
-            return target, _itself
+            return [target], lambda changes: _changed(target, changes.get(0))
         inner, rebuild = peel(cell.cell_contents, depth - 1)
-        return inner, lambda new: _exchange(target, cell, rebuild(new))
+        return [*inner, target], lambda changes: _changed(
+            _exchange(target, cell, rebuild(changes)), changes.get(len(inner))
+        )
     if isinstance(target, MethodType):
         inner, rebuild = peel(target.__func__, depth)
-        return inner, lambda new: MethodType(rebuild(new), target.__self__)
+        return inner, lambda changes: MethodType(rebuild(changes), target.__self__)
     if isinstance(target, partial):
         inner, rebuild = peel(target.func, depth)
-        return inner, lambda new: partial(rebuild(new), *target.args, **target.keywords)
+        return inner, lambda changes: partial(rebuild(changes), *target.args, **target.keywords)
     if isinstance(target, staticmethod | classmethod):
         inner, rebuild = peel(target.__func__, depth)
-        return inner, lambda new: type(target)(rebuild(new))
+        return inner, lambda changes: type(target)(rebuild(changes))
     call = next((vars(kind)["__call__"] for kind in type(target).__mro__ if "__call__" in vars(kind)), None)
     if isinstance(target, type | nn.Module) or not isinstance(call, FunctionType):
         raise no_source(name_of(target), _why(target))
     inner, rebuild = peel(call, depth)
-    return inner, lambda new: MethodType(rebuild(new), target)
+    return inner, lambda changes: MethodType(rebuild(changes), target)
 
 
 def name_of(target: Any) -> str:
@@ -63,8 +69,8 @@ def _why(target: Any) -> str:
     return f"a {type(target).__name__} does not lead to a Python function"
 
 
-def _itself(new: FunctionType) -> FunctionType:
-    return new
+def _changed(function: FunctionType, change: Change | None) -> FunctionType:
+    return function if change is None else change(function)
 
 
 def _inner_cell(wrapper: FunctionType) -> CellType | None:

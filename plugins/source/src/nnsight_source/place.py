@@ -59,7 +59,7 @@ class Anchor:
         """Return the other attribute of the module that a wrapper says it wraps and fetches at each call."""
         value = self.value
         wrapped = getattr(value, "__wrapped__", None)
-        if wrapped is None or (isinstance(value, FunctionType) and peel(value)[0] is not value):
+        if wrapped is None or (isinstance(value, FunctionType) and len(peel(value)[0]) > 1):
             return None
         for name, found in self.module.__dict__.items():
             found = _original(found)

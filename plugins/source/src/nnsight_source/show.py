@@ -10,10 +10,11 @@ from nnsight_source.spots import Rewritten, Spot
 _AROUND = 5
 
 
-def show_function(rewritten: Rewritten, kind: str) -> str:
+def show_function(rewritten: Rewritten, kind: str, wrapped_in: str = "") -> str:
     """Return the code of a function with the names of its operations of one kind beside it.
 
-    Lines are counted from the one after the `def`; a + stands for one more operation in the line above.
+    Lines are counted from the one after the `def`; a + stands for one more operation in the line above. What the
+    function is wrapped in is named below it.
     """
     by_line: dict[int, list[str]] = {}
     for spot in rewritten.spots[kind].values():
@@ -31,7 +32,10 @@ def show_function(rewritten: Rewritten, kind: str) -> str:
     others = [
         f"{len(spots)} in .{_GROUPS[other]}" for other, spots in rewritten.spots.items() if other != kind and spots
     ]
-    return "\n".join([*shown, *([f" also: {', '.join(others)}"] if kind == "call" and others else [])])
+    if kind == "call":
+        shown += [f" also: {', '.join(others)}"] * bool(others)
+        shown += [f" wrapped in: {wrapped_in}, which is .wrapper"] * bool(wrapped_in)
+    return "\n".join(shown)
 
 
 _GROUPS = {"call": "names", "variable": "vars", "operator": "ops", "return": "returns"}

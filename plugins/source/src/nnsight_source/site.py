@@ -24,7 +24,7 @@ from nnsight_source.live import Live, find_live, look_into_call, look_into_modul
 from nnsight_source.peel import peel
 from nnsight_source.place import Anchor
 from nnsight_source.rewrite import rewritten
-from nnsight_source.spots import Rewritten, Spot
+from nnsight_source.spots import WRAPPER, Rewritten, Spot
 
 _UNCOUNTED = (
     "Value was missed for `{path}`: the run had already made {passes} passes over `{name}` when something in it was "
@@ -48,37 +48,61 @@ class Site:
 
     Args:
         envoy: mirrors the module.
-        function: the function, as it is now.
+        functions: the function and what it is wrapped in, as they are now, innermost first.
         owner: what the function is bound to, None for nothing.
         outer: the function and the operation that calls this one; None for the module's forward.
+        layer: which of the functions it is.
 
     Attributes:
         path: what `.source` of it is called in messages.
     """
 
-    __slots__ = ("envoy", "function", "outer", "owner", "path", "places", "rewritten")
+    __slots__ = ("envoy", "functions", "layer", "outer", "owner", "path", "places", "rewritten")
     path: str
 
     def __init__(
-        self, envoy: Envoy, function: FunctionType, owner: Any = None, outer: tuple[Site, Spot] | None = None
+        self,
+        envoy: Envoy,
+        functions: list[FunctionType],
+        owner: Any = None,
+        outer: tuple[Site, Spot] | None = None,
+        layer: int = 0,
     ) -> None:
         self.envoy = envoy
-        self.function = function
+        self.functions = functions
         self.owner = owner
         self.outer = outer
-        self.rewritten: Rewritten = rewritten(function)
+        self.layer = layer
+        self.rewritten: Rewritten = rewritten(functions[layer])
         prefix = "" if outer is None else f"{outer[0].path.removeprefix(envoy.path)}.{outer[1].label}"
-        self.path = f"{envoy.path}{prefix}.source"
-        below = self.rewritten.below(prefix)
-        self.places = Places(envoy, (prefix, self.rewritten), below, self.rewritten.explain, self.rewritten.given)
+        prefix += ".source" + WRAPPER * layer
+        self.path = envoy.path + prefix
+        explain = self.rewritten.explain if self.wrapped_in is None else self.rewritten.explain_wrapped
+        self.places = Places(
+            envoy, (prefix, self.rewritten), self.rewritten.below(prefix), explain, self.rewritten.given
+        )
 
     @classmethod
     def of_module(cls, envoy: Envoy) -> Site:
         """Return the site of a module's forward."""
         module = envoy._module
         anchor = Anchor(module)
-        function = peel(anchor.value)[0]
-        return cls(envoy, function, _owner(anchor.value, None if anchor.name else module))
+        return cls(envoy, peel(anchor.value)[0], _owner(anchor.value, None if anchor.name else module))
+
+    @property
+    def wrapped_in(self) -> FunctionType | None:
+        """What the function is wrapped in: the work of a decorator. None for nothing."""
+        return self.functions[self.layer + 1] if self.layer + 1 < len(self.functions) else None
+
+    def wrapper(self) -> Site:
+        """Return the site of what the function is wrapped in.
+
+        Raises:
+            SourceError: it is wrapped in nothing, or in what has no source.
+        """
+        if self.wrapped_in is None:
+            raise SourceError(f"`{self.path}` is wrapped in nothing that can be looked into, so it has no `.wrapper`.")
+        return Site(self.envoy, self.functions, self.owner, self.outer, self.layer + 1)
 
     def enter(self, spot: Spot, port: str) -> tuple[Mediator, int]:
         """Return the block that a request belongs to, and the number of the function's first location in its run.
@@ -145,12 +169,12 @@ class Site:
         run = mediator.run
         assert run is not None
         if self.outer is None:
-            return look_into_module(run, first, around, self.envoy._module, self.rewritten)
+            return look_into_module(run, first, around, self.envoy._module, self.rewritten, self.layer)
         outer, spot = self.outer
         _, outer_first = outer.enter(spot, "source")
         live = find_live(run, outer_first)
         assert live is not None
-        return look_into_call(run, first, live, spot.input, self.rewritten)
+        return look_into_call(run, first, live, spot.input, self.rewritten, self.layer)
 
     # -- what an operation calls -----------------------------------------------------------------------------------
 
@@ -188,13 +212,13 @@ class Site:
         assert live is not None
         site = self._site_of(live.called[spot.input], spot, path)
         if site.outer is not None:
-            live.known[spot.input] = site.function, site.owner
+            live.known[spot.input] = site.functions, site.owner
             site.look_into()
         return site
 
     def _known(self, live: Live, spot: Spot, path: str) -> Site:
-        function, owner = live.known[spot.input]
-        return Site(self.envoy, function, owner, (self, spot))
+        functions, owner = live.known[spot.input]
+        return Site(self.envoy, functions, owner, (self, spot))
 
     def _site_of(self, target: Any, spot: Spot, path: str) -> Site:
         if isinstance(target, nn.Module):
@@ -202,15 +226,14 @@ class Site:
                 if envoy._module is target:
                     return Site.of_module(envoy)
             raise SourceError(f"`{path}` calls a module that is not in the model, so it cannot be looked into.")
-        inner, _ = peel(target)
-        return Site(self.envoy, inner, _owner(target), (self, spot))
+        return Site(self.envoy, peel(target)[0], _owner(target), (self, spot))
 
     def _resolve(self, spot: Spot) -> Any:
         """Return what the called path means where the function is defined, without calling anything."""
         if not spot.callee:
             return _NOTHING
         root, *names = spot.callee.split(".")
-        function = self.function
+        function = self.functions[self.layer]
         if root in self.rewritten.variables:
             is_self = self.owner is not None and self.rewritten.arguments[:1] == (root,)
             found = self.owner if is_self else _NOTHING

@@ -128,6 +128,23 @@ class Source(Group):
         """What the function returns, by number: `returns[0]` for its first `return` statement."""
         return Group(self._site, "return")
 
+    @property
+    def wrapper(self) -> Source:
+        """The operations inside what the function is wrapped in: what a decorator has put around it.
+
+        In a block, its run looks into that from now on.
+
+        Raises:
+            SourceError: it is wrapped in nothing, or in what has no Python source.
+        """
+        site = self._site.wrapper()
+        site.look_into()
+        return Source(site)
+
+    def __repr__(self) -> str:
+        around = self._site.wrapped_in
+        return show_function(self._site.rewritten, self._kind, "" if around is None else around.__code__.co_qualname)
+
 
 class Operation:
     """One operation inside a function. Its values are there only inside a block."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 #: The kinds of operations, and what the name of each is put behind.
 KINDS = {"call": "", "variable": "vars.", "operator": "ops.", "return": ""}
 
+#: What is put behind the path of a function, for what it is wrapped in.
+WRAPPER = ".wrapper"
+
 #: What torch computes whole layers with, in one call.
 _FUSED = ("torch._native_multi_head_attention", "torch._transformer_encoder_layer_fwd")
 
@@ -103,13 +106,13 @@ class Rewritten:
         self._below: dict[str, list[tuple[str, str]]] = {}
 
     def below(self, prefix: str) -> list[tuple[str, str]]:
-        """Return the path and port of each location, below a module's path and `prefix`."""
+        """Return the path and port of each location, below a module's path; `prefix` is the function's, below that."""
         known = self._below.get(prefix)
         if known is not None:
             return known
         found = self._below[prefix] = [("", "")] * self.size
         for label, spot in self._labels.items():
-            path = f"{prefix}.source.{label}"
+            path = f"{prefix}.{label}"
             if spot.input >= 0:
                 found[spot.input] = path, "input"
             found[spot.output] = path, "output"
@@ -121,9 +124,19 @@ class Rewritten:
 
     def explain(self, run: Interleaver, number: int) -> str:
         """Say why a run did not reach an operation although the module that it lies in was called."""
+        return self._explain(run, number, False)
+
+    def explain_wrapped(self, run: Interleaver, number: int) -> str:
+        """Say the same of a function that is wrapped in another one."""
+        return self._explain(run, number, True)
+
+    def _explain(self, run: Interleaver, number: int, is_wrapped: bool) -> str:
         assert run.tree is not None
         path, port = run.tree[number]
-        spot = self._labels[path.rpartition(".source.")[2]]
+        label = path.rpartition(".source.")[2]
+        while label.startswith(f"{WRAPPER[1:]}."):
+            label = label.removeprefix(f"{WRAPPER[1:]}.")
+        spot = self._labels[label]
         if spot.kind == "call" and port == "input" and spot.input < 0:
             return ""
         where = f"It is at {self.file}:{spot.line}, in `{self.name}`"
@@ -133,6 +146,12 @@ class Rewritten:
                 f"{where}. In eval mode without gradients torch runs this as one fused C++ operation, which never "
                 "passes through Python. Call `torch.backends.mha.set_fastpath_enabled(False)` before the trace, and "
                 "its operations are reached."
+            )
+        if is_wrapped and not any(run.counts[first : first + self.size]):
+            wrapper = f"{path.removesuffix('.' + label)}{WRAPPER}"
+            return (
+                f"{where}, which was not called: what it is wrapped in called something else in its place. "
+                f"`{wrapper}` has the operations of that, `print({wrapper})` shows them."
             )
         if spot.under:
             line, what = spot.under[-1]
