@@ -138,17 +138,17 @@ class Backward:
 
     def write(self, tensor: torch.Tensor, value: Any) -> None:
         """Replace the gradient of a tensor in this pass."""
-        is_cleared = value is None and isinstance(tensor, torch.nn.Parameter)  # `optimizer.zero_grad()`
+        is_cleared = value is None and _is_parameter(tensor)  # `optimizer.zero_grad()`
         if is_cleared or not self._waits_for(tensor):
             interception.plain_set(tensor, value)
         else:
             wanted, index = self._reach(tensor)
             assert self._pass is not None and self._pass.stand is not None
-            self._pass.stand.write(tensor, wanted.edges, index, value, reasons.name_of(tensor))
+            self._pass.stand.write(tensor, wanted.edges, index, value)
 
     def _waits_for(self, tensor: torch.Tensor) -> bool:
         """Return False for a parameter, after waiting until this pass has added to its gradient."""
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not _is_parameter(tensor):
             return True
         own = edge_of(tensor) if tensor.requires_grad else None
         if own is not None and tensor.is_leaf and self._pass is not None:
@@ -170,6 +170,11 @@ class Backward:
         if outcome == _NOT_IN_GRAPH:
             return reasons.not_in_graph(tensor, name)
         return reasons.no_gradient(name, has_failed=outcome == _FAILED)
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    # A parameter is a leaf; to ask any other tensor for its class costs what a switch does, by torch's metaclass.
+    return tensor.is_leaf and isinstance(tensor, torch.nn.Parameter)
 
 
 class _Pass:

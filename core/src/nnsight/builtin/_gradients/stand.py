@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nnsight.builtin._gradients.lineage import Edge, Layout, layout_at, positions_in
+from nnsight.builtin._gradients.reasons import name_of
 from nnsight.errors import GradientError
 
 Gradients = tuple[torch.Tensor | None, ...]
@@ -46,13 +47,13 @@ class Stand:
         """
         return self._copy(tensor, edges, index).part(tensor, edges, index)
 
-    def write(self, tensor: torch.Tensor, edges: Sequence[Edge], index: int, value: object, name: str) -> None:
+    def write(self, tensor: torch.Tensor, edges: Sequence[Edge], index: int, value: object) -> None:
         """Replace the gradient of a tensor.
 
         Raises:
             GradientError: the value cannot be its gradient.
         """
-        _check(value, tensor, name)
+        _check(value, tensor)
         assert isinstance(value, torch.Tensor)
         copy = self._copy(tensor, edges, index)
         if edges[index].is_own:
@@ -157,20 +158,20 @@ def _in_mode_of(gradient: torch.Tensor, make: Any) -> torch.Tensor:
     return copy
 
 
-def _check(value: object, tensor: torch.Tensor, name: str) -> None:
+def _check(value: object, tensor: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor):
         given = "None" if value is None else f"a {type(value).__name__}"
         raise GradientError(
-            f"{given} was assigned to the gradient of {name}; it takes a tensor of its shape. For no gradient at all "
-            "assign zeros: `torch.zeros_like(t)`."
+            f"{given} was assigned to the gradient of {name_of(tensor)}; it takes a tensor of its shape. For no "
+            "gradient at all assign zeros: `torch.zeros_like(t)`."
         )
     if value.shape != tensor.shape:
         raise GradientError(
-            f"A tensor of shape {tuple(value.shape)} was assigned to the gradient of {name}, which has shape "
-            f"{tuple(tensor.shape)}. A gradient has the shape of its tensor."
+            f"A tensor of shape {tuple(value.shape)} was assigned to the gradient of {name_of(tensor)}, which has "
+            f"shape {tuple(tensor.shape)}. A gradient has the shape of its tensor."
         )
     if value.dtype != tensor.dtype or value.device != tensor.device:
         raise GradientError(
-            f"A tensor of {value.dtype} on {value.device} was assigned to the gradient of {name}, which is "
+            f"A tensor of {value.dtype} on {value.device} was assigned to the gradient of {name_of(tensor)}, which is "
             f"{tensor.dtype} on {tensor.device}. Convert it first: `value.to(t)`."
         )
