@@ -161,6 +161,15 @@ def test_exception_comes_back_with_class_arguments_and_text(error):
     assert found.__notes__ == ["a note"]
 
 
+def test_exception_whose_message_is_an_object_keeps_class_and_text():
+    class Told:
+        def __str__(self):
+            return "made when it is read"
+
+    found = rebuild(decode(encode(describe(AttributeError(Told())))))
+    assert type(found) is AttributeError and str(found) == "made when it is read"
+
+
 def test_exception_of_an_unknown_class_says_what_it_was():
     kind = type("GoneError", (Exception,), {"__module__": "not.there"})
     found = rebuild(describe(kind("lost")))

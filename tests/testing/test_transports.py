@@ -33,6 +33,3 @@ class TestLocal(TransportConformance):
     test_module_is_attached = dropped(MODEL, raises=NotImplementedError)
     test_weights_get_gradients = dropped("weights get no gradients from a runner: they are asked for by autograd.grad")
     test_function_drives_the_model = dropped("a function that drives the model stays here", raises=NotImplementedError)
-    test_autocast_around_the_block_holds_in_the_model = dropped(
-        "autocast is opened inside of a block in a runner", raises=NotImplementedError
-    )

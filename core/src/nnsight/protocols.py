@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -89,6 +90,17 @@ class Portable(Protocol):
         Raises:
             ValueError, TypeError, LookupError: it cannot be such content.
         """
+
+
+class Helped(Protocol):
+    """A model class with objects beside the module, such as a tokenizer, which a block in another process may use.
+
+    Attributes:
+        helpers: the name of each, an attribute of the model, and those of its methods that may be called with whatever
+            a block gives them: they compute, and touch no file and no network.
+    """
+
+    helpers: Mapping[str, frozenset[str]]
 
 
 class PerCode(Generic[T]):

@@ -194,6 +194,8 @@ class Packer:
             data += ["portable", self.pack(kind), self.pack(pack(value))]
         elif self.descriptions is None and isinstance(value, type):
             self._fill_class(data, value)
+        elif (name := self._helper_name(value)) is not None:
+            data += ["attribute", ["envoy", str(self._root.path)], name]
         elif self.descriptions is not None and self._fill_code(data, value, kind, self.descriptions):
             pass
         elif not self._fill_instance(data, value, kind):
@@ -301,6 +303,13 @@ class Packer:
             return str(self._root.path)
         found = self._root._envoys.get(id(module))
         return None if found is None or found._module is not module else str(found.path)
+
+    def _helper_name(self, value: Any) -> str | None:
+        """Return what the model calls something that stands beside its modules, such as its tokenizer."""
+        if self._root is None or self.descriptions is None:
+            return None
+        helpers: Iterable[str] = getattr(type(self._root), "helpers", ())
+        return next((name for name in helpers if getattr(self._root, name, None) is value), None)
 
     def refusal(self, value: Any) -> RefusedError:
         """Return the error for a value that cannot travel."""

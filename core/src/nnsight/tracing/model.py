@@ -268,6 +268,7 @@ def traceable(
             hide(error)
             raise
 
+    call.is_traceable = True  # type: ignore[attr-defined]  # a transport looks for what it may run
     return cast("Callable[Concatenate[Any, P], Any]", call)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -75,6 +75,13 @@ class LanguageModel(NNsight):
     """
 
     requires_input = True
+    #: What a block in another process may call of the tokenizer.
+    helpers: ClassVar[Mapping[str, frozenset[str]]] = {
+        "tokenizer": frozenset(
+            {"__call__", "__len__", "encode", "decode", "batch_decode", "tokenize", "pad", "get_vocab",
+             "convert_tokens_to_ids", "convert_ids_to_tokens", "convert_tokens_to_string"}
+        )
+    }  # fmt: skip
 
     tokenizer: Any
     repo_id: str

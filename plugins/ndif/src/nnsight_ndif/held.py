@@ -116,7 +116,8 @@ class Held:
         is_dict = items is not None
         new = self._known(number)
         if new is None:
-            is_usable = kind is not None and is_dict == issubclass(kind, dict)
+            # `__weakrefoffset__` is 0 where there can be no weak references: such an object could not be followed.
+            is_usable = kind is not None and is_dict == issubclass(kind, dict) and bool(kind.__weakrefoffset__)
             new = self._keep(number, kind.__new__(kind) if is_usable else Opaque(name))
         if isinstance(new, Opaque):
             return new

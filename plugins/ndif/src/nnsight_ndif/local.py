@@ -14,6 +14,7 @@ from nnsight_ndif import job, launch
 from nnsight_ndif.errors import NotInRunnerError
 from nnsight_ndif.isolation import Limits
 from nnsight_ndif.seat import Seat
+from nnsight_ndif.served import methods_of, modes_here
 
 #: What most jobs of such a process will import, so that it is there when a runner is forked.
 _WORTH_PRELOADING = ("transformers.cache_utils", "transformers.modeling_outputs")
@@ -46,7 +47,7 @@ def open_remote(
         raise InputError(f"There is no place {what} here yet: `remote='local'` runs a block in a process of its own.")
     if method == "trace" and function is not None:
         raise NotInRunnerError("`trace(fn=...)` cannot be combined with remote: the function would stay here.")
-    return LocalRun(envoy, method, args, kwargs, function if callable(function) else None, batched, backend.limits)
+    return LocalRun(envoy, method, args, kwargs, batched, backend.limits)
 
 
 class Local:
@@ -66,13 +67,11 @@ class LocalRun(Capture):
     what = "trace"
 
     def __init__(
-        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
-        function: Callable[..., Any] | None, batched: bool, limits: Limits,
-    ) -> None:  # fmt: skip
+        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], batched: bool, limits: Limits
+    ) -> None:
         self._envoy = envoy
         self._method = method
         self._arguments = (args, kwargs)
-        self._function = function
         self._batched = batched
         self._limits = limits
 
@@ -83,13 +82,10 @@ class LocalRun(Capture):
         if not root.dispatched:
             root.dispatch()
         preload = [name for name in _WORTH_PRELOADING if name in sys.modules]
-        if any(torch.is_autocast_enabled(name) for name in ("cpu", "cuda")):
-            raise NotInRunnerError("A block in a runner cannot be within autocast: open it inside of the block.")
         runner = launch.zygote(preload).start(self._limits)
         seat = None
         try:
-            methods: dict[str, Callable[..., Any] | None] = {"trace": None, self._method: self._function}
-            seat = Seat(root, methods, runner, _print, _warn, self._limits.printed)
+            seat = Seat(root, methods_of(root), runner, _print, _warn, self._limits.printed)
             order = self._order(scope, root, runner.outgoing.put)
             result = seat.serve(order)
             bound = {
@@ -106,7 +102,7 @@ class LocalRun(Capture):
     def _order(self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
         return {
             "sent": payload.pack_blocks(root, [scope], put, arguments=self._arguments), "method": self._method,
-            "path": self._envoy.path, "seed": _seed(), "has_gradients": torch.is_grad_enabled(),
+            "path": self._envoy.path, "seed": _seed(), "modes": modes_here((root.device or torch.device("cpu")).type),
             "default_dtype": str(torch.get_default_dtype()).partition(".")[2], "batched": self._batched,
         }  # fmt: skip
 

@@ -10,18 +10,19 @@ import array
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from nnsight import Envoy, Interleaver, NNsight, current_run, payload
+from nnsight import Envoy, Interleaver, NNsight, current_run, payload, traceable
 from nnsight.protocols import Inputs
 from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held, contents
 from nnsight_ndif.names import GivenNames
 from nnsight_ndif.report import rebuild
+from nnsight_ndif.served import modes_here
 from nnsight_ndif.window import Window
 
 
@@ -76,7 +77,7 @@ class Link:
         run = current_run.get()
         assert run is not None
         handles = [item.handle for item in prepared if isinstance(item, Prepared)]
-        answer, content = self.ask(Kind.OPEN, [path, method, handles, self._wanted(run)])
+        answer, content = self.ask(Kind.OPEN, [path, method, handles, self._wanted(run), modes_here()])
         # Whatever becomes of the run here, the one there is closed with it.
         progress = [False]  # whether it has come to its end
         run.closing = [*run.closing, partial(self._close, progress)]
@@ -134,6 +135,31 @@ class Prepared:
         self.handle = handle
 
 
+class Helper:
+    """Stands for what the model has beside its modules, such as a tokenizer. It stays there, and so does its work."""
+
+    def __init__(self, link: Link, name: str, methods: list[str]) -> None:
+        self._link = link
+        self._name = name
+        self._methods = methods
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ask("__call__", args, kwargs)
+
+    def __len__(self) -> int:
+        return int(self._ask("__len__", (), {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._methods:
+            return lambda *args, **kwargs: self._ask(name, args, kwargs)
+        return self._ask(name, (), {})
+
+    def _ask(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._link.ask(Kind.HELP, [self._name, name, args, kwargs])[1]
+
+
 class StandIn(nn.Module):
     """Stands for a module of the model. It has the module's children, and asks for everything else."""
 
@@ -147,7 +173,7 @@ class StandIn(nn.Module):
         if args and isinstance(args[0], Prepared):
             return self._link.drive(self._at, "trace", *args)
         kind = Kind.CALL if current_run.get() is None else Kind.HOOKED
-        return self._link.ask(kind, [self._at, args, kwargs, torch.is_grad_enabled()])[1]
+        return self._link.ask(kind, [self._at, args, kwargs, modes_here()])[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
@@ -237,7 +263,7 @@ class StandInEnvoy(Envoy):
         self, method: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], remote: Any, backend: Any,
         batched: bool,
     ) -> Any:  # fmt: skip
-        if function is not None:
+        if method == "trace" and function is not None:
             raise NotInRunnerError("`trace(fn=...)` runs a function of the caller's, which a runner does not have.")
         return super()._open(method, function, args, kwargs, False, None, batched)
 
@@ -247,7 +273,8 @@ class StandInModel(StandInEnvoy, NNsight):
 
     def __init__(self, link: Link, description: list[Any]) -> None:
         self.__dict__["_link"] = link
-        modules, mounted, locations, ends, names = description
+        modules, mounted, locations, ends, names, helpers, _ = description
+        self.__dict__.update({name: Helper(link, name, methods) for name, methods in helpers.items()})
         build(link, modules)
         self.__dict__["_naming"] = GivenNames(names, StandInEnvoy)
         super().__init__(link.modules["model"])
@@ -261,6 +288,27 @@ class StandInModel(StandInEnvoy, NNsight):
                 link.theirs[number], link.ours[found] = found, number
         self._tree.ends[:] = [link.ours[number] for number in ends if number in link.ours]
         link.result = link.theirs[self._tree.result]
+
+    @classmethod
+    def described(cls, link: Link, description: list[Any]) -> StandInModel:
+        """Return the stand-in of a model whose class has the traceable methods that the model's class has."""
+
+        def runs(name: str) -> Callable[..., Any]:
+            def method(self: Any, *prepared: Any) -> Any:
+                return link.drive(self.path, name, *prepared)
+
+            method.__name__ = name
+            return traceable(method)
+
+        kind: Any = type(cls.__name__, (cls,), {name: runs(name) for name in description[-1]})
+        return cast("StandInModel", kind(link, description))
+
+    def _lookup(self, name: str) -> Any:
+        found = super()._lookup(name)
+        if found is None and not name.startswith("_"):
+            is_there, value = self._link.ask(Kind.ATTRIBUTE, [None, name])[1]
+            return value if is_there else None
+        return found
 
     def rows(self, tensor: torch.Tensor, batch: Any) -> slice | None:
         joint = batch.joint

@@ -19,6 +19,8 @@ _MAX_LINES = 50
 _MAX_CHAIN = 8
 _MAX_TEXT = 100_000
 
+_KINDS: tuple[Any, ...] = (bool, int, float, str, bytes, type(None))
+
 Described = list[Any]
 
 
@@ -75,16 +77,19 @@ def rebuild(data: Any, depth: int = 0) -> BaseException:
 
 
 def _arguments(error: BaseException) -> tuple[Any, ...]:
-    """Return what an exception was made with."""
+    """Return what an exception was made with; instead of an object that is its message, the message."""
+    if len(error.args) == 1 and not isinstance(error.args[0], (*_KINDS, tuple)):
+        text = _text(error)
+        if text == str(error.args[0]):
+            return (text,)
     if isinstance(error, OSError) and error.filename is not None:
         return (error.errno, error.strerror, error.filename)
     return error.args
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, bool | int | float | str | bytes | type(None)):
-        kinds: tuple[Any, ...] = (bool, int, float, str, bytes, type(None))
-        base = next(kind for kind in kinds if isinstance(value, kind))
+    if isinstance(value, _KINDS):
+        base = next(kind for kind in _KINDS if isinstance(value, kind))
         plain: Any = value if type(value) is base else base(value)
         if base is int and not -(1 << 63) <= plain < 1 << 63:
             return str(plain)[:100]

@@ -22,6 +22,7 @@ from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.held import watch_exposure
 from nnsight_ndif.puppet import Link, StandInModel
 from nnsight_ndif.report import describe
+from nnsight_ndif.served import modes
 from nnsight_ndif.window import DTYPES, Window
 
 _CHUNK = 1 << 16
@@ -34,14 +35,17 @@ def warm() -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("numpy.random")  # numpy itself would do so for the first job
     watch_exposure()
-    setattr(Mediator, "save", _save)  # noqa: B010 - in this process alone
     model = nnsight.NNsight(torch.nn.Linear(1, 1))
+    with model.session() as session:
+        blocks: tuple[type, ...] = (Mediator, type(session._block))
+    for block in blocks:
+        setattr(block, "save", _save)  # noqa: B010 - in this process alone
     with model.trace(torch.zeros(1, 1)):
         model.output.save()
     _saved.clear()
 
 
-def _save(mediator: Mediator, value: Any) -> None:
+def _save(block: Any, value: Any) -> None:
     _saved[id(value)] = value
 
 
@@ -64,7 +68,7 @@ class Prepared:
         sys.stdout, sys.stderr = _Printer(link, "stdout"), _Printer(link, "stderr")
         warnings.showwarning = partial(_warn, link)
         try:
-            model = StandInModel(link, description)
+            model = StandInModel.described(link, description)
             result = _execute(link, model, order)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -74,7 +78,7 @@ class Prepared:
 
 
 def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable[[], Any]:
-    torch.set_grad_enabled(order["has_gradients"])
+    modes(order["modes"], torch.device("cpu")).__enter__()  # for good
     torch.set_default_dtype(DTYPES[order["default_dtype"]])
     torch.default_generator.manual_seed(order["seed"])  # of the CPU: all that there is here
     random.seed(order["seed"])

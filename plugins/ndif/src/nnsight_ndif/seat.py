@@ -13,21 +13,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
 from nnsight import Mediator, NNsight
 from nnsight.protocols import Inputs
+from nnsight_ndif.asked import Asked, Reply
 from nnsight_ndif.channel import Kind
-from nnsight_ndif.errors import FrameError, NotInRunnerError, RunnerError
+from nnsight_ndif.errors import FrameError, RunnerError
 from nnsight_ndif.guard import Guard
 from nnsight_ndif.launch import Runner
 from nnsight_ndif.report import describe, rebuild
-from nnsight_ndif.served import describe_tree, merged, moved, served
+from nnsight_ndif.served import describe_tree, merged, modes, moved, served
 from nnsight_ndif.shown import Shown, fit
 
 _MAX_PREPARED = 10_000
 _MAX_WANTED = 100_000
-Reply = tuple[Kind, Any]
 
 
 class _AbortedError(Exception):
@@ -56,17 +55,17 @@ class Seat:
         self._channel = runner.channel
         self._incoming = runner.incoming
         self.shown = Shown(root, runner.incoming, runner.outgoing)
-        self._envoys = dict(root.named_modules())
+        self._guard = Guard(root, runner.channel.check_time)
+        self._asked = Asked(root, self.shown, self._guard)
         self._prepared: list[Inputs] = []
         self._blocks: list[Mediator] = []
         self._printed = printed
         self._warned = warned
         self._left = may_print
-        self._guard = Guard(root, runner.channel.check_time)
         self._answers: dict[Kind, Callable[[Any], Reply]] = {
             Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
-            Kind.GO: self._go, Kind.CALL: self._call, Kind.HOOKED: self._hooked, Kind.ATTRIBUTE: self._attribute,
-            Kind.BACKWARD: self._backward,
+            Kind.GO: self._go, Kind.HOOKED: self._hooked, Kind.CALL: self._asked.call,
+            Kind.ATTRIBUTE: self._asked.attribute, Kind.HELP: self._asked.help, Kind.BACKWARD: self._asked.backward,
         }  # fmt: skip
 
     def serve(self, job: Any) -> Any:
@@ -148,15 +147,12 @@ class Seat:
             case _:
                 raise FrameError("a message that warns is malformed")
 
-    def _value(self, value: Any) -> Reply:
-        return Kind.VALUE, self.shown.pack(value)
-
     # -- inputs ------------------------------------------------------------------------------------------------------
 
     def _prepare(self, request: Any) -> Reply:
         match request:
             case [str(path), str(method), args, kwargs] if method in self._methods:
-                envoy = self._envoy(path)
+                envoy = self._asked.envoy(path)
                 args, kwargs = self.shown.unpack(args), self.shown.unpack(kwargs)
             case _:
                 raise FrameError("a request to prepare an input is malformed")
@@ -168,7 +164,7 @@ class Seat:
         if len(self._prepared) >= _MAX_PREPARED:
             raise FrameError("a block has prepared more inputs than it may")
         self._prepared.append(inputs)
-        return self._value((len(self._prepared) - 1, inputs.rows))
+        return self._asked.value((len(self._prepared) - 1, inputs.rows))
 
     def _chosen(self, handles: Any) -> list[Inputs]:
         if type(handles) is not list or not all(type(n) is int and 0 <= n < len(self._prepared) for n in handles):
@@ -178,7 +174,7 @@ class Seat:
     def _join(self, request: Any) -> Reply:
         match request:
             case [str(path), handles]:
-                return self._kept(self._envoy(path)._join(self._chosen(handles)))
+                return self._kept(self._asked.envoy(path)._join(self._chosen(handles)))
             case _:
                 raise FrameError("a request to join inputs is malformed")
 
@@ -192,24 +188,27 @@ class Seat:
             raise FrameError("a question about rows has no shape")
         tensor = torch.empty(1, device="meta").expand(shape)
         joint = SimpleNamespace(total=total, args=joined.args, kwargs=joined.kwargs)
-        return self._value(self._root.rows(tensor, SimpleNamespace(start=start, size=size, joint=joint)))  # type: ignore[arg-type]
+        return self._asked.value(self._root.rows(tensor, SimpleNamespace(start=start, size=size, joint=joint)))  # type: ignore[arg-type]
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
     def _open(self, request: Any) -> Reply:
         match request:
-            case [str(path), str(method), handles, wanted] if method in self._methods:
+            case [str(path), str(method), handles, wanted, how] if method in self._methods:
                 inputs = merged(self._chosen(handles))
             case _:
                 raise FrameError("a request to run the model is malformed")
-        envoy = self._envoy(path)
+        envoy = self._asked.envoy(path)
         function: Any = self._methods[method] if self._methods[method] is not None else envoy._module
         if inputs.rows is None:
             function = self._without_input(envoy, method, function, inputs)
         depth = len(self._blocks)
         reply = None
         try:
-            with served(envoy, method, self._guard.around(function), inputs) as tracer:
+            with (
+                modes(how, self._root.device or torch.device("cpu")),
+                served(envoy, method, self._guard.around(function), inputs) as tracer,
+            ):
                 block = tracer.current_block()
                 block.step = None
                 self._blocks.append(block)
@@ -223,7 +222,7 @@ class Seat:
             pass
         finally:
             del self._blocks[depth:]
-        return reply if reply is not None and reply[0] is Kind.FAILED else self._value(None)
+        return reply if reply is not None and reply[0] is Kind.FAILED else self._asked.value(None)
 
     def _without_input(
         self, envoy: Any, method: str, function: Callable[..., Any], inputs: Inputs
@@ -260,7 +259,7 @@ class Seat:
         if is_skipped:
             if location.port != "input":
                 raise FrameError("a module was skipped where it is not entered")
-            device = next((t.device for t in self._module(location.path).parameters()), torch.device("cpu"))
+            device = next((t.device for t in self._asked.module(location.path).parameters()), torch.device("cpu"))
             block.skip(number, moved(value, device))
         else:
             self._guard.has_written = True
@@ -279,80 +278,16 @@ class Seat:
                     raise FrameError("a message asks for a location that is not there")
         return found
 
+    def _hooked(self, request: Any) -> Reply:
+        """Call a module within the run, so that other blocks are served there."""
+        module, args, kwargs, modes = self._asked.arguments(request)
+        with modes:
+            return self._asked.value(self._block().call(module, *args, **kwargs))
+
     def _block(self) -> Mediator:
         if not self._blocks:
             raise FrameError("a message belongs to a run, and none is open")
         return self._blocks[-1]
-
-    # -- modules -----------------------------------------------------------------------------------------------------
-
-    def _call(self, request: Any) -> Reply:
-        module, args, kwargs, has_gradients = self._arguments(request)
-        with torch.set_grad_enabled(has_gradients):
-            return self._value(module(*args, **kwargs))
-
-    def _backward(self, request: Any) -> Reply:
-        match request:
-            case [key, data]:
-                return self._value(self.shown.edges.pull(key, self.shown.unpack(data)))
-            case _:
-                raise FrameError("a request for gradients is malformed")
-
-    def _hooked(self, request: Any) -> Reply:
-        module, args, kwargs, _ = self._arguments(request)
-        return self._value(self._block().call(module, *args, **kwargs))
-
-    def _arguments(self, request: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], bool]:
-        match request:
-            case [str(path), tuple(args), dict(kwargs), bool(has_gradients)]:
-                module = self._module(path)
-            case _:
-                raise FrameError("a request to call a module is malformed")
-        device = next((tensor.device for tensor in module.parameters()), self._root.device or torch.device("cpu"))
-        args = moved(self.shown.unpack(args), device)
-        kwargs = moved(self.shown.unpack(kwargs), device)
-        if not all(type(name) is str for name in kwargs):
-            raise FrameError("a request to call a module has arguments without names")
-        self._guard.check_arguments(module, (args, kwargs))
-        return module, args, kwargs, has_gradients
-
-    def _module(self, path: str) -> nn.Module:
-        module: nn.Module = self._envoy(path)._module
-        return module
-
-    def _envoy(self, path: str) -> Any:
-        envoy = self._envoys.get(path)
-        if envoy is None:
-            raise FrameError(f"a message names the module {path!r}, which is not there")
-        return envoy
-
-    def _attribute(self, request: Any) -> Reply:
-        """Answer with an attribute of a module: whether it is there, and its value."""
-        match request:
-            case [str(path), None]:
-                return self._value((True, next((p.dtype for p in self._module(path).parameters()), None)))
-            case [str(path), str(name)]:
-                module = self._module(path)
-            case _:
-                raise FrameError("a request for an attribute is malformed")
-        if name.startswith("_"):
-            return self._value((False, None))
-        missing = object()
-        value = vars(module).get(name, missing)
-        for table in (module._parameters, module._buffers):
-            value = table.get(name, value)
-        if value is missing:
-            value = getattr(type(module), name, missing)
-            if value is missing:
-                return self._value((False, None))
-            if isinstance(value, property):
-                value = getattr(module, name)
-        if callable(value):
-            raise NotInRunnerError(
-                f"`{path}.{name}` is a method of the model, and a block in a runner can call modules only: "
-                f"`{path}(...)`, or what is below it."
-            )
-        return self._value((True, value))
 
 
 _LIKELY = "It may have taken more memory or processor time than it may, or done what it must not."

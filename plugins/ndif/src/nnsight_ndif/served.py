@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from nnsight import Envoy, NNsight, Tracer
 from nnsight.protocols import Inputs
+from nnsight_ndif.errors import FrameError
 from nnsight_ndif.names import describe_names
+from nnsight_ndif.window import DTYPES
+
+_AUTOCAST = (None, "bfloat16", "float16")
 
 
 @contextmanager
@@ -50,6 +54,50 @@ def merged(inputs: list[Inputs]) -> Inputs:
     return Inputs(args, kwargs, rows)
 
 
+def modes_here(kind: str = "cpu") -> list[Any]:
+    """Return the modes that hold here, as `modes` takes them.
+
+    Args:
+        kind: the type of the device whose autocast is meant.
+    """
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return [torch.is_grad_enabled(), None if dtype is None else str(dtype).partition(".")[2]]
+
+
+def modes(how: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which the modes hold that the block's side has: gradients and autocast.
+
+    Raises:
+        FrameError: they are none.
+    """
+    match how:
+        case [bool(has_gradients), dtype] if dtype in _AUTOCAST:
+            pass
+        case _:
+            raise FrameError("a message tells no modes")
+    held = ExitStack()
+    held.enter_context(torch.set_grad_enabled(has_gradients))
+    if dtype is not None or torch.is_autocast_enabled(device.type):
+        held.enter_context(torch.autocast(device.type, DTYPES.get(dtype or ""), enabled=dtype is not None))
+    return held
+
+
+def helpers_of(root: NNsight) -> Mapping[str, frozenset[str]]:
+    """Return the methods that a block may call of what stands beside the model, by its name."""
+    named: Mapping[str, frozenset[str]] = getattr(type(root), "helpers", {})
+    return {name: methods for name, methods in named.items() if getattr(root, name, None) is not None}
+
+
+def methods_of(root: NNsight) -> dict[str, Any]:
+    """Return what runs the model for each traceable method of its class, by name; None for the module itself."""
+    found: dict[str, Any] = {"trace": None}
+    for name in dir(type(root)):
+        method: Any = getattr(type(root), name, None)
+        if getattr(method, "is_traceable", False):
+            found[name] = method.__wrapped__.__get__(root, type(root))
+    return found
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Return a value with its tensors on a device."""
     if isinstance(value, torch.Tensor):
@@ -77,4 +125,6 @@ def describe_tree(root: NNsight) -> list[Any]:
         for path, envoy in envoys.items()
     ]  # fmt: skip
     locations = [[at.path, at.port] for at in root._tree.locations]
-    return [modules, mounted, locations, list(root._tree.ends), describe_names(root)]
+    helpers = {name: sorted(methods) for name, methods in helpers_of(root).items()}
+    traceable = [name for name, function in methods_of(root).items() if function is not None]
+    return [modules, mounted, locations, list(root._tree.ends), describe_names(root), helpers, traceable]

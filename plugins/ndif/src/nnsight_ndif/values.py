@@ -87,5 +87,14 @@ def unknown(data: Any) -> FrameError:
     return FrameError(f"a message holds something {told} that stands for no value")
 
 
+def is_plain(value: Any) -> bool:
+    """Return whether a value is data of Python's own, through lists, tuples and dicts."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(type(key) in PLAIN and is_plain(item) for key, item in value.items())
+    return type(value) in PLAIN
+
+
 def _are_ints(content: Any) -> bool:
     return type(content) is list and all(type(item) is int for item in content)
