@@ -780,3 +780,39 @@ def test_model_class_says_how_inputs_join():
             second = tracer.result
     assert close(first[:, 2:], net(a))
     assert close(second, net(b))
+
+
+def test_what_was_assigned_may_be_changed_and_assigned_again(net, model):
+    """As where the block is alone: the location holds the very object, until the model goes on."""
+    with model.trace() as tracer:
+        with tracer.invoke(rows(0, 1)):
+            new = model.h[0].output * 0
+            model.h[0].output = new
+            new[:] = 3
+            assert model.h[0].output is new
+            model.h[0].output = new
+            after = model.h[1].input
+        with tracer.invoke(rows(1, 1)):
+            other = model.h[1].input
+    assert torch.equal(after, torch.full_like(after, 3))
+    assert torch.allclose(other, net.h[0](net.emb(rows(1, 1))), atol=1e-6)
+
+
+def test_an_edit_in_place_reaches_the_residual_stream_whatever_other_invokes_assign(model):
+    """A block adds its input to what its layers make of it, so zeros put into theirs are zeros in both."""
+    x = rows(0, 1)
+    with torch.no_grad(), model.trace(x):
+        model.h[0].attn.input[:] = 0
+        alone = model.h[0].output
+    for order in ((0, 1), (1, 0)):
+        found = {}
+        with torch.no_grad(), model.trace() as tracer:
+            for index in order:
+                with tracer.invoke(x):
+                    if index:
+                        model.h[0].attn.input[:] = 0
+                    else:
+                        model.h[0].attn.input = model.h[0].attn.input * 2
+                    found[index] = model.h[0].output
+        assert torch.allclose(found[1], alone, atol=1e-6)
+        assert not torch.allclose(found[0], alone, atol=1e-6)

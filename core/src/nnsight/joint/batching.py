@@ -17,13 +17,12 @@ import torch
 from nnsight.errors import BatchError
 from nnsight.joint.containers import fields_of, rebuild_sequence, transform, with_fields, with_items
 from nnsight.joint.joining import concatenate
+from nnsight.joint.origins import Origins, Stamp, is_changed, stamp
 from nnsight.joint.tables import storage_of
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator
 from nnsight.protocols import Deferred
 
-#: A tensor handed out whole, its version then, and a copy of one that has no versions (made in inference mode).
-Unsplit = tuple[torch.Tensor, int, torch.Tensor | None]
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range)
 
 NOT_ROWS = (
@@ -40,6 +39,7 @@ class Joint:
         total: how many rows the batch has.
         args: the joint call's positional arguments; `kwargs` its keyword arguments.
         rows: the model class's word on which rows of a tensor are a block's.
+        origins: what the copies made for writing stand for.
     """
 
     def __init__(self, total: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows, tables: set[int]) -> None:
@@ -52,6 +52,7 @@ class Joint:
         self._tables = tables
         self._visit: tuple[int, int] | None = None
         self._copies: dict[int, torch.Tensor] = {}
+        self.origins = Origins()
         self._watched: set[tuple[int, int]] = set()
         self._kept: list[torch.Tensor] = []
 
@@ -103,6 +104,7 @@ class Joint:
             return tensor
         new = tensor.clone()
         self._copies[id(new)] = new
+        self.origins.add(new, tensor)
         return new
 
 
@@ -114,10 +116,11 @@ class Batch:
         joint: what it shares with the other blocks.
     """
 
-    __slots__ = ("joint", "size", "start")
+    __slots__ = ("_of_copies", "joint", "size", "start")
 
     def __init__(self, start: int, size: int, joint: Joint) -> None:
         self.start, self.size, self.joint = start, size, joint
+        self._of_copies: list[Stamp] = []
 
     def slice_of(self, tensor: torch.Tensor) -> slice | None:
         """Return which slice of dim 0 is this block's; None when the rows are not those of the batch."""
@@ -125,20 +128,28 @@ class Batch:
             return None
         return self.joint.rows(tensor, self)
 
-    def narrow(self, value: Any, unsplit: list[Unsplit]) -> Any:
+    def narrow(self, value: Any, unsplit: list[Stamp]) -> Any:
         """Return what this block sees of a value: views of its rows. Tensors given whole are added to `unsplit`."""
 
         def view(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             rows = self.slice_of(leaf)
-            if rows is not None:
-                return leaf[rows]
-            is_versioned = not leaf.is_inference()
-            unsplit.append((leaf, leaf._version if is_versioned else 0, None if is_versioned else leaf.clone()))
-            return leaf
+            if rows is None:
+                unsplit.append(stamp(leaf))
+                return leaf
+            if self.joint.origins and self.joint.origins.has(leaf):
+                self._of_copies.append(stamp(leaf))
+            return leaf[rows]
 
         return view(value) if isinstance(value, torch.Tensor) else transform(value, view)
+
+    def carry_edits(self) -> None:
+        """Do what the block has done in place to its rows of copies to what those stand for."""
+        of_copies, self._of_copies = self._of_copies, []
+        for stamped in of_copies:
+            if is_changed(stamped):
+                self.joint.origins.carry(stamped[0], self)
 
     def splice(self, whole: Any, part: Any, seen: Any, visit: tuple[int, int], where: str) -> Any:
         """Return the joint value with this block's rows replaced by `part`; itself when nothing is new.
@@ -198,6 +209,7 @@ class Batch:
             )
         new = self.joint.copy(whole, visit)
         new[rows] = part.to(new.dtype) if part.dtype != new.dtype else part
+        self.joint.origins.replace(new, self)
         return new
 
     def skip(self, value: Any, pending: tuple[Any] | None, path: str) -> PartialSkip:
@@ -282,14 +294,14 @@ class PartialSkip(Deferred):
         return concatenate([value for _, (_, value) in sorted(self.pieces.items())], self.path)
 
 
-def check_unsplit(unsplit: Sequence[Unsplit]) -> None:
+def check_unsplit(unsplit: Sequence[Stamp]) -> None:
     """Raise when a tensor that an invoke was given whole has been edited in place: that would reach the others."""
-    for tensor, version, before in unsplit:
-        if tensor._version != version if before is None else not torch.equal(tensor, before):
+    for stamped in unsplit:
+        if is_changed(stamped):
             raise BatchError(
-                f"A tensor of shape {tuple(tensor.shape)} was edited in place by an invoke, but its rows are not those "
-                "of the batch: the edit has reached the other invokes. Clone it before editing, or edit it from an "
-                "invoke without input, which has the whole batch."
+                f"A tensor of shape {tuple(stamped[0].shape)} was edited in place by an invoke, but its rows are not "
+                "those of the batch: the edit has reached the other invokes. Clone it before editing, or edit it from "
+                "an invoke without input, which has the whole batch."
             )
 
 

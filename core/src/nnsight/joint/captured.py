@@ -11,8 +11,9 @@ from nnsight import _words as words
 from nnsight._frames import users_line
 from nnsight.capture.cells import Scope
 from nnsight.errors import MissedProviderError
-from nnsight.joint.batching import Batch, Unsplit, check_unsplit
+from nnsight.joint.batching import Batch, check_unsplit
 from nnsight.joint.containers import snapshot
+from nnsight.joint.origins import Stamp, is_changed, stamps
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import adopt_block, clear_hint
 from nnsight.kernel.mediator import Mediator, StopBlock
@@ -64,7 +65,7 @@ class CapturedMediator(Mediator):
         may_miss: whether it just ends where the run does not reach what it asks for.
     """
 
-    __slots__ = ("_last", "_unsplit", "batch", "block", "body", "carrier", "may_miss")
+    __slots__ = ("_assigned", "_last", "_unsplit", "batch", "block", "body", "carrier", "may_miss")
 
     def __init__(self, run: Interleaver, block: CapturedBlock, order: int, batch: Batch | None) -> None:
         self.block: CapturedBlock | None = block
@@ -72,7 +73,9 @@ class CapturedMediator(Mediator):
         self.may_miss = False
         #: What was read last: location, visit, joint value, the rows of it, and the containers of those as they were.
         self._last: tuple[int, int, Any, Any, Any] | None = None
-        self._unsplit: list[Unsplit] = []
+        self._unsplit: list[Stamp] = []
+        #: What was assigned at this visit.
+        self._assigned: list[Stamp] = []
         self.carrier = make_carrier(self._work, block.context, block.state, is_model=False)
         super().__init__(run, self._pause, self.carrier.resume, order)
         self.body: Callable[[], None] | None = block.scope.function(block.entered, self._wait_for_name)
@@ -152,7 +155,12 @@ class CapturedMediator(Mediator):
         if batch is None:
             run.value = value
         else:
+            if self._assigned:
+                self._last = None  # what was assigned before is no part of the joint value
             self._splice(run, number, value)
+            # Until the model goes on the location holds what was assigned, as if the block were alone.
+            self._last = number, run.counts[number], run.value, value, snapshot(value)
+            self._assigned = stamps(value)
         self.edited[number] = users_line(), words.change(was, run.value)
 
     def edits(self) -> list[tuple[int, str, str]]:
@@ -188,11 +196,16 @@ class CapturedMediator(Mediator):
 
     def _hand_in(self) -> None:
         """Before the model goes on: pass on what was put into containers, refuse edits that reach other invokes."""
-        last, run = self._last, self.run
-        if last is not None and last[4] is not None and run is not None:
-            number, visit, whole, view, _ = last
-            if run.at == number and run.counts[number] == visit and run.value is whole:
+        last, run, assigned = self._last, self.run, self._assigned
+        if assigned:
+            self._assigned, self._last = [], None
+        if last is not None and run is not None:
+            number, visit, whole, view, containers = last
+            is_there = run.at == number and run.counts[number] == visit and run.value is whole
+            if is_there and (containers is not None or any(map(is_changed, assigned))):
                 self._splice(run, number, view)
+        if self.batch is not None:
+            self.batch.carry_edits()
         if self._unsplit:
             unsplit, self._unsplit = self._unsplit, []
             check_unsplit(unsplit)
