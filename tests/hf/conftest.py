@@ -20,6 +20,13 @@ def random_model():
     return zoo.build
 
 
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are():
+    yield
+    changed = zoo.changed()
+    assert not changed, f"this test has changed models that others share: {changed}"
+
+
 @pytest.fixture(scope="session")
 def gpt2_root(tmp_path_factory):
     """A folder in which `openai-community/gpt2` is a local folder, with a tiny random model and the real tokenizer."""

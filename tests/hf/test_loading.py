@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import zoo
 from transformers import AutoModel, AutoModelForCausalLM
 
 from nnsight import InputError, LanguageModel, NNsightError
@@ -16,9 +17,9 @@ TEXT = "The Eiffel Tower is in the city of"
 
 
 @pytest.fixture
-def folder(random_model, tmp_path):
+def folder(tmp_path):
     """A small Llama in a folder, without a tokenizer."""
-    random_model("llama").save_pretrained(tmp_path / "llama")
+    zoo.make("llama").save_pretrained(tmp_path / "llama")  # which writes to its configuration
     return tmp_path / "llama"
 
 

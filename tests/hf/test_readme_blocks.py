@@ -266,8 +266,9 @@ def test_code_after_an_open_loop_runs(run, generated):
     assert torch.equal(names["result"], expected.sequences)
 
 
-def test_gradients(run, plain, tokenizer, capsys):
+def test_gradients(run, model, plain, tokenizer, capsys):
     names = run(GRADIENTS)
+    model.zero_grad()  # the model is shared
     seen = []
 
     def keep(_module, _args, output):

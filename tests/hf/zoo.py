@@ -1,7 +1,8 @@
 """Tiny random models of every causal architecture that the tests go through, three layers each, ready offline.
 
 Import it as `zoo`: its folder is on the path of every test. A model that `build` returned is shared: nothing on it
-may be changed. Another number of layers, or any other size, is a keyword of `build`, and another model.
+may be changed, and `changed` says whether something was. Another number of layers, or any other size, is a keyword of
+`build`, and another model.
 """
 
 from __future__ import annotations
@@ -71,9 +72,45 @@ CAUSAL = tuple(ARCHITECTURES)
 RECURRENT = ("mamba", "mamba2", "rwkv")
 
 
+_shared: list[tuple[str, torch.nn.Module, list[object]]] = []
+
+
 @functools.cache
 def build(name: str, **sizes: int | bool | str):
-    """Return a tiny random model of an architecture."""
+    """Return a tiny random model of an architecture: the same one each time."""
+    made = make(name, **sizes)
+    if name == "rwkv":  # its first call scales its weights: that of no test is the first
+        with torch.no_grad():
+            made(torch.tensor([[1]]))
+    return share(name, made)
+
+
+def share(name: str, model: torch.nn.Module):
+    """Return a model that tests share, after noting what it is like."""
+    _shared.append((name, model, _state(model)))
+    return model
+
+
+def changed() -> list[str]:
+    """Return the names of the shared models that are not as they were any more."""
+    found = [(index, name, _state(model)) for index, (name, model, _) in enumerate(_shared)]
+    others = [(index, name, state) for index, name, state in found if state != _shared[index][2]]
+    for index, name, state in others:  # said once, not after every test from now on
+        _shared[index] = (name, _shared[index][1], state)
+    return [name for _, name, _ in others]
+
+
+def _state(model: torch.nn.Module) -> list[object]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return [
+        {name: value for name, value in vars(model.config).items() if not isinstance(value, dict | list)},
+        [module.training for module in model.modules()],
+        [(id(tensor), tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in tensors],
+    ]
+
+
+def make(name: str, **sizes: int | bool | str):
+    """Return a tiny random model of an architecture that nobody has called yet."""
     import transformers
 
     config, model, own = ARCHITECTURES[name]

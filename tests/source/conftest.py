@@ -16,6 +16,13 @@ def random_model():
     return zoo.build
 
 
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are():
+    yield
+    changed = zoo.changed()
+    assert not changed, f"this test has changed models that others share: {changed}"
+
+
 @pytest.fixture
 def gpt2():
     return zoo.build("gpt2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import zoo
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _TEXT = {
@@ -60,7 +61,7 @@ def build(name):
     with torch.no_grad():  # as initialised, many layers hardly change what passes through them
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
+    return zoo.share(name, made)
 
 
 def inputs_of(name):
