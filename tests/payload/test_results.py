@@ -1,5 +1,7 @@
 """What a block has saved, as bytes and back: it arrives as it is here, and reading it runs nothing."""
 
+# ruff: noqa: F841 - what a block binds is looked up by name
+
 from __future__ import annotations
 
 import collections
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight import NNsight, PayloadError, UnsendableError, payload
+from nnsight import Capture, NNsight, PayloadError, UnsendableError, payload
 from nnsight.payload import container
 
 
@@ -131,8 +133,69 @@ def test_options_are_told():
 
 @pytest.mark.parametrize("value", [lambda: 1, open, nn.Linear(1, 1).forward, (n for n in "a"), Dangerous()])
 def test_what_is_no_value_is_refused_by_name(value):
-    with pytest.raises(UnsendableError, match=r"^What was saved as 'it' cannot be sent, item 0: it is a "):
+    with pytest.raises(UnsendableError, match=r"^What was saved as 'it' cannot come back, item 0: it is a "):
         payload.write_results({"it": [value]})
+
+
+# --- Classes and functions that the caller has sent
+
+
+def plus(value):
+    return value + 1
+
+
+class Sent(Capture):
+    """A `with` item whose block is played by a receiver that has nothing but the bytes, and answers."""
+
+    what = "trace"
+
+    def __init__(self, envoy):
+        self.envoy = envoy
+
+    def _captured(self, block):
+        own = {}
+        data = b"".join(payload.write_run(self.envoy, "trace", ((), {}), block.scope, own=own))
+        sent = payload.Run(data).open(self.envoy.get, None, called=lambda name: f"<{name}>")
+        sent.blocks[0].run(None)
+        bound = sent.blocks[0].bound()
+        self.there = bound
+        self.answer = b"".join(payload.write_results(bound, self.envoy, sent=sent))
+        block.scope.give(payload.Results(self.answer, self.envoy, own=own).values)
+        block.scope.close()
+
+
+def test_objects_of_classes_that_were_sent_arrive_as_of_the_callers(model):
+    kinds = [Found, Colour, Pair]
+    sent = Sent(model)
+    with sent:
+        made = Found(1, torch.ones(2))
+        both = {"colour": Colour.RED, "pair": Pair(made, plus)}
+        classes = kinds
+    assert type(sent.there["made"]) is not Found
+    assert type(made) is Found and torch.equal(made.hidden, torch.ones(2))
+    assert both["colour"] is Colour.RED
+    assert type(both["pair"]) is Pair and both["pair"].left is made and both["pair"].right is plus
+    assert classes == kinds
+
+
+def test_class_that_was_not_sent_is_none_of_the_callers(model):
+    sent = Sent(model)
+    with sent:
+        made = Found(1, None)
+    with pytest.raises(PayloadError, match="holds a class where only values may be"):
+        payload.Results(sent.answer, model)
+    with pytest.raises(PayloadError, match="holds a class where only values may be"):
+        payload.Results(sent.answer, model, own={("class", 7): Found, ("function", 0): plus})
+
+
+def test_class_of_the_block_itself_does_not_come_back(model):
+    with pytest.raises(UnsendableError, match=r"cannot come back: the class `.*Inner` is none .*defined outside of"):
+        with Sent(model):
+
+            class Inner:
+                pass
+
+            made = Inner()
 
 
 # --- Reading runs nothing
@@ -157,7 +220,8 @@ def crafted(value, **tables):
         ["instance", ["import", __name__, "Dangerous"], {}, None], ["member", POPEN, "a", None], ["named", POPEN, 1],
         ["defaultdict", POPEN], ["portable", POPEN, 1], ["portable", CACHE, 1],
         ["portable", CACHE, ["list", ["list", True, True], ["list"], ["list", 1]]],
-        ["envoy", "model"], ["submodule", "model"], ["tensor", 0],
+        ["envoy", "model"], ["submodule", "model"], ["tensor", 0], ["given", 1], ["given", ["class", 0]],
+        ["class", [0]], ["function", "0"],
     ],
     ids=json.dumps,
 )  # fmt: skip
@@ -178,5 +242,7 @@ def test_run_is_no_result_and_a_result_is_no_run():
 
 
 def test_envoy_of_results_must_be_a_module(model):
-    with pytest.raises(PayloadError, match="no module of the model"):
+    with pytest.raises(
+        PayloadError, match=r"`model\.0\.weight`, which is not in the model here: `model\.0` has no child 'weight'"
+    ):
         payload.Results(crafted(["envoy", "model.0.weight"]), model)

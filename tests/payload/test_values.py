@@ -247,8 +247,16 @@ def test_gradients_and_parameters(send):
     assert leaf.requires_grad and leaf.is_leaf and not plain.requires_grad
     assert type(parameter) is nn.Parameter and parameter.requires_grad
     assert not send(nn.Parameter(torch.ones(2), requires_grad=False)).requires_grad
-    computed = send(torch.ones(2, requires_grad=True) * 2)
-    assert computed.is_leaf and computed.requires_grad
+
+
+def test_computed_tensor_can_be_edited_in_place_as_it_could(send):
+    whole = torch.ones(2, 3, requires_grad=True) * 2
+    computed, row = send(whole, whole[0])
+    assert computed.requires_grad and not computed.is_leaf
+    row *= 5
+    computed += 1
+    assert computed.tolist() == [[11.0] * 3, [3.0] * 3] and row.tolist() == [11.0] * 3
+    computed.sum().backward()  # ends here: what it was computed from has stayed there
 
 
 def test_conjugated_and_negated_views(send):

@@ -8,9 +8,12 @@ from __future__ import annotations
 from nnsight.payload.container import FORMAT as FORMAT
 from nnsight.payload.library import register as register
 from nnsight.payload.results import Results as Results
+from nnsight.payload.results import pack_values as pack_values
+from nnsight.payload.results import unpack_values as unpack_values
 from nnsight.payload.results import write_results as write_results
 from nnsight.payload.run import Run as Run
 from nnsight.payload.run import write_run as write_run
+from nnsight.payload.sending import Own as Own
 from nnsight.payload.sending import SentBlocks as SentBlocks
 from nnsight.payload.sending import pack_blocks as pack_blocks
 from nnsight.payload.tree import describe_model as describe_model

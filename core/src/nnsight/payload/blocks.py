@@ -152,10 +152,10 @@ class SentBlock:
             names = self.names
         else:
             found.update(self._scope.bindings()[0])
-            for name in block.bound & block.live:
+            for name in sorted(block.bound & block.live):
                 if self._scope.has(name):
                     found[name] = self._scope.content(name)
-        found.update({name: self._namespace[name] for name in names if name in self._namespace})
+        found.update({name: self._namespace[name] for name in sorted(names) if name in self._namespace})
         return found
 
 

@@ -50,6 +50,15 @@ def zstd() -> Any:
 # -- writing
 
 
+class Pieces(list[torch.Tensor]):
+    """The tensors of a payload that is written."""
+
+    def put(self, piece: torch.Tensor) -> int:
+        """Take a flat tensor of bytes; return its number."""
+        self.append(piece)
+        return len(self) - 1
+
+
 def write(header: Any, pieces: Sequence[torch.Tensor]) -> Iterator[bytes]:
     """Yield the bytes of a payload, in parts.
 

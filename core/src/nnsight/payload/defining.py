@@ -85,6 +85,10 @@ class Definitions:
                 raise PayloadError(f"A {data[0]} of this payload cannot be made here: {error!r}") from error
         return self._made[key]
 
+    def made(self) -> dict[int, tuple[list[Any], Any]]:
+        """Return the functions and classes made so far: by `id`, what the payload calls them, and what they are."""
+        return {id(value): ([*key], value) for key, value in self._made.items()}
+
     def namespace(self, number: Any) -> dict[str, Any]:
         """Return the globals of one of the user's files."""
         if type(number) is not int or not 0 <= number < len(self._modules):

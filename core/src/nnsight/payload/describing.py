@@ -75,6 +75,11 @@ class Descriptions:
             return False
         return True
 
+    def packed(self) -> dict[tuple[str, int], Any]:
+        """Return the functions and classes that were met, by what the payload calls them."""
+        every = self._packer.met()
+        return {(data[0], data[1]): value for value, data in every if data[:1] in (["function"], ["class"])}
+
     def finish(self) -> list[Any]:
         """Pack all that is still to be packed; return the tables as JSON has them.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import collections
-import dataclasses
 import functools
 import logging
 import math
@@ -24,6 +23,7 @@ import torch
 from nnsight.errors import UnsendableError
 from nnsight.kernel.envoy import Envoy
 from nnsight.payload import library
+from nnsight.payload.instances import attributes, is_named, is_scalar, is_takeable, kind_name
 from nnsight.payload.tensors import TensorTable, is_array
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ _REMEDY = (
     "modules and what installed packages define can be; make anything else inside of the block."
 )
 
+_RESULTS_REMEDY = (
+    "Values of Python's own types, tensors, numpy arrays, and instances of classes that are defined outside of the "
+    "block can come back; save what you need of it as such."
+)
 _HINT = " Or bind what the block needs of the object to a variable before the block, and use that."
 
 #: A step on the way to what cannot travel, and why it cannot.
@@ -62,6 +66,8 @@ class Packer:
         tensors: the tensors and arrays met.
         descriptions: the functions, classes, cells and modules of the user's files that were met; None to refuse them.
         shared: the data of what was met more than once.
+        given: returns data by which the other end knows a value already, None for any other.
+        own: functions and classes that the other end has sent: by `id`, what it calls them, and what they are.
     """
 
     def __init__(self, root: Any, where: str = "") -> None:
@@ -70,12 +76,18 @@ class Packer:
         self.tensors = TensorTable()
         self.descriptions: Descriptions | None = None
         self.shared: list[Any] = []
+        self.given: Callable[[Any], Any] | None = None
+        self.own: dict[int, tuple[list[Any], Any]] = {}
         #: The data of each object that may be met again, by `id`, and the object, so that the `id` stays its own.
         self._met: dict[int, tuple[Any, list[Any]]] = {}
         self._open: dict[int, int | None] = {}
         self._depth = 0
         #: What is being packed, for messages.
         self.what = ""
+
+    def met(self) -> Iterable[tuple[Any, list[Any]]]:
+        """Return the objects that were packed, each with the data that stands for it."""
+        return self._met.values()
 
     def named(self, what: str, value: Any) -> Any:
         """Return a value as data.
@@ -98,7 +110,8 @@ class Packer:
             place = "".join(f", {step}" for step in reversed(error.steps))
             of_block = f" of the block at {self.where}" if self.where else ""
             hint = _HINT if any(step.startswith("its attribute") for step in error.steps) else ""
-            raise UnsendableError(f"{what}{of_block} cannot be sent{place}: {error}{hint}") from None
+            way = "come back" if self.descriptions is None else "be sent"
+            raise UnsendableError(f"{what}{of_block} cannot {way}{place}: {error}{hint}") from None
 
     def pack(self, value: Any) -> Any:
         """Return a value as data.
@@ -125,7 +138,7 @@ class Packer:
 
     def _again(self, value: Any, data: list[Any]) -> Any:
         """Return the data of an object that was met before: from now on both times it is one in the table."""
-        if data and data[0] in ("shared", "tensor", "array", "function", "class", "module", "namespace"):
+        if data and data[0] in ("shared", "given", "tensor", "array", "function", "class", "module", "namespace"):
             return data
         if id(value) in self._open:
             number = self._open[id(value)]
@@ -159,7 +172,9 @@ class Packer:
 
     def _fill(self, data: list[Any], value: Any, kind: type) -> None:
         """Put the data of an object into the list that stands for it."""
-        if isinstance(value, torch.Tensor):
+        if self.given is not None and (known := self.given(value)) is not None:
+            data += ["given", known]
+        elif isinstance(value, torch.Tensor):
             data += ["tensor", self._take(self.tensors.add, value)]
         elif is_array(value):
             data += ["array", self._take(self.tensors.add_array, value)]
@@ -183,7 +198,9 @@ class Packer:
             self._fill_object(data, value, kind)
 
     def _fill_object(self, data: list[Any], value: Any, kind: type) -> None:
-        if isinstance(value, Enum):
+        if id(value) in self.own:
+            data += self.own[id(value)][0]
+        elif isinstance(value, Enum):
             name = value.name if value.name in kind.__members__ else None  # type: ignore[attr-defined]
             data += ["member", self.pack(kind), name, None if name else self.pack(value.value)]
         elif isinstance(value, torch.nn.Module) and (path := self._module_path(value)) is not None:
@@ -205,7 +222,7 @@ class Packer:
         """Let a class be the one that the other end has under its name: no code is sent."""
         module = sys.modules.get(value.__module__)
         if module is None or library.at(module, value.__qualname__) is not value:
-            raise self.refusal(value)
+            raise RefusedError(f"the class `{value.__qualname__}` is none that the other end has. {_RESULTS_REMEDY}")
         data += ["import", value.__module__, value.__qualname__]
 
     def _fill_code(self, data: list[Any], value: Any, kind: type, descriptions: Descriptions) -> bool:
@@ -226,7 +243,7 @@ class Packer:
 
     def _fill_instance(self, data: list[Any], value: Any, kind: type) -> bool:
         """Take apart an instance whose state is in its attributes and items; return whether it is one."""
-        if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        if is_named(kind):
             self._open[id(value)] = None
             data += ["named", self.pack(kind)]
             self.items(data, value)
@@ -283,9 +300,10 @@ class Packer:
         try:
             return add(value)
         except TypeError as error:
+            remedy = "can come back" if self.descriptions is None else "can be; make anything else inside of the block"
             raise RefusedError(
                 f"it is a {kind_name(type(value))}, {error}. Dense tensors of the usual dtypes, and arrays of numbers "
-                "can be; make anything else inside of the block."
+                f"{remedy}."
             ) from None
 
     def _path_of(self, envoy: Envoy) -> str:
@@ -313,65 +331,11 @@ class Packer:
 
     def refusal(self, value: Any) -> RefusedError:
         """Return the error for a value that cannot travel."""
-        return RefusedError(f"it is a {kind_name(type(value))}. {_REMEDY}")
+        return RefusedError(
+            f"it is a {kind_name(type(value))}. {_RESULTS_REMEDY if self.descriptions is None else _REMEDY}"
+        )
 
 
-def kind_name(kind: type) -> str:
-    """Return what messages call a type."""
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def is_scalar(value: Any) -> bool:
-    """Return whether a value is a number of numpy's."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.generic)
-
-
-def can_take(kind: type) -> bool:
-    """Return whether an instance of a class is what its attributes (and items, for a dict) are, and nothing more."""
-    if kind in _TAKEN:
-        return True
-    base = next(base for base in kind.__mro__ if not base.__flags__ & _IS_HEAP)
-    if base not in (object, dict, collections.OrderedDict) or hasattr(kind, "__del__"):
-        return False
-    if dataclasses.is_dataclass(kind):
-        return True
-    ways = (("__reduce_ex__", _USUAL_EX), ("__reduce__", _USUAL_REDUCE), ("__getstate__", _USUAL_STATE))
-    return all(getattr(kind, name) in usual for name, usual in ways)
-
-
-def is_takeable(value: Any) -> bool:
-    """Return whether an instance can be made again of its attributes and items."""
-    kind = type(value)
-    if not can_take(kind):
-        return False
-    if kind not in _TAKEN and not dataclasses.is_dataclass(kind):
-        try:
-            object.__reduce_ex__(value, 2)  # which knows whether there is anything in it that only C code sees
-        except TypeError:
-            return False
-    return True
-
-
-def attributes(value: Any) -> Iterable[tuple[str, Any]]:
-    """Yield the attributes that an instance has itself, those in slots included."""
-    for name, item in getattr(value, "__dict__", {}).items():
-        if name != "_compiled_call_impl" or not isinstance(value, torch.nn.Module):  # compiled code stays where it is
-            yield name, item
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            stored = f"_{kind.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
-            if name not in ("__dict__", "__weakref__") and hasattr(value, stored):
-                yield stored, getattr(value, stored)
-
-
-_IS_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
-# How objects let themselves be taken apart where their class has nothing to say about it.
-_USUAL_EX: tuple[Any, ...] = (object.__reduce_ex__,)
-_USUAL_REDUCE: tuple[Any, ...] = (object.__reduce__, collections.OrderedDict.__reduce__)
-_USUAL_STATE: tuple[Any, ...] = (object.__getstate__, getattr(torch.nn.Module, "__getstate__", None))
-_TAKEN = (types.SimpleNamespace, collections.OrderedDict, collections.Counter)
 _PARTS = (types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType)
 _SEQUENCES = (list, tuple, set, frozenset)
 _SMALL: dict[type, Callable[[Any], Any]] = {

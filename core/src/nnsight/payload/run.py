@@ -13,38 +13,34 @@ import torch
 
 from nnsight.capture.cells import Scope
 from nnsight.errors import PayloadError
-from nnsight.kernel.envoy import Envoy
 from nnsight.payload import container
-from nnsight.payload.sending import SentBlocks, pack_blocks
+from nnsight.payload.sending import Own, SentBlocks, pack_blocks
 from nnsight.payload.tensors import Put
 from nnsight.payload.tree import check_model, describe_model, envoy_at
 
 
 def write_run(
     envoy: Any, method: str, arguments: tuple[tuple[Any, ...], dict[str, Any]], scope: Scope,
-    options: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None, own: Own | None = None,
 ) -> Iterator[bytes]:  # fmt: skip
-    """Yield a run as bytes, in parts. The edits of the model are in it.
+    """Return an iterator over a run as bytes, in parts. The edits of the model are in it.
 
     Args:
         envoy: what is traced.
         method: the method that opened the trace: "trace", "generate", "session", ...
-        arguments: what it was given: `(args, kwargs)`.
+        arguments: what it was given: `(args, kwargs)`. Tensors in it, as those that the block uses, must not change
+            until the last part was taken.
         scope: the block of its `with`.
         options: anything more that the receiver is told, of JSON's types.
+        own: is filled with the functions and classes that are sent, for the `Results` of the run.
 
     Raises:
         UnsendableError: something in it cannot travel; names it, its type, and what to do.
     """
     root = envoy.root
-    pieces: list[torch.Tensor] = []
-
-    def put(piece: torch.Tensor) -> int:
-        pieces.append(piece.clone())
-        return len(pieces) - 1
-
+    pieces = container.Pieces()
     edits = [(edit.path, edit.again().scope) for edit in root.edits]
-    sent = pack_blocks(root, [scope, *(block for _, block in edits)], put, arguments=arguments)
+    sent = pack_blocks(root, [scope, *(block for _, block in edits)], pieces.put, own, arguments=arguments)
     known = [root, *root._envoys.values()]
     names = [[other.path, alias, target.path] for other in known for alias, target in other._aliases.items()]
     header = {
@@ -100,13 +96,11 @@ class Run:
         check_model(self.model, root)
         for path in (self.path, *self.edits):
             try:
-                found = envoy_at(root, path)
-            except (AttributeError, LookupError) as error:
+                envoy_at(root, path)
+            except LookupError as error:
                 raise PayloadError(
                     f"This payload is about `{path:.200}`, which is not in the model here: {error}"
                 ) from None
-            if not isinstance(found, Envoy):
-                raise PayloadError(f"This payload is about `{path:.200}`, which is no module of the model here.")
 
     def laid(self, put: Put) -> dict[str, Any]:
         """Return the blocks as `pack_blocks` does, with the bytes of tensors laid down anew, for another process."""

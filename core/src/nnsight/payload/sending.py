@@ -17,14 +17,20 @@ from nnsight.payload.tensors import Put
 from nnsight.payload.unpacking import Unpacker
 from nnsight.payload.views import Get, Views
 
+#: Functions and classes that were sent, by what the payload calls them.
+Own = dict[tuple[str, int], Any]
 
-def pack_blocks(root: Any, scopes: Iterable[Scope], put: Put, **values: Any) -> dict[str, Any]:
+
+def pack_blocks(
+    root: Any, scopes: Iterable[Scope], put: Put, own: Own | None = None, **values: Any
+) -> dict[str, Any]:  # fmt: skip
     """Return blocks, and values that belong to them, as JSON has them.
 
     Args:
         root: the model.
         scopes: the blocks, each with its variables.
-        put: lays down the bytes of tensors, as a flat tensor that is to be copied at once; returns where they are.
+        put: lays down the bytes of tensors, a flat tensor that most often is a view of them; returns where they are.
+        own: is filled with the functions and classes that are sent, for `unpack_values` of what comes back.
         **values: anything that can travel, such as the arguments of a trace. What they share with what the blocks use
             is one object at the other end, too.
 
@@ -37,6 +43,8 @@ def pack_blocks(root: Any, scopes: Iterable[Scope], put: Put, **values: Any) -> 
         blocks = [pack_block(packer, scope) for scope in scopes]
         packed = {name: packer.named(f"One of the {name}", value) for name, value in values.items()}
         definitions = descriptions.finish()
+        if own is not None:
+            own.update(descriptions.packed())
     finally:
         packer.descriptions = None  # else the two would keep the model until they are collected
     return {
@@ -59,6 +67,7 @@ class SentBlocks:
     Attributes:
         blocks: the blocks.
         values: the values by name.
+        made: returns the functions and classes of the sender, for `pack_values` of what goes back.
 
     Raises:
         PayloadError: the data is malformed, or refers to what is not to be had here.
@@ -80,3 +89,5 @@ class SentBlocks:
         self.blocks = [SentBlock(block, unpacker, called) for block in blocks]
         self.values = {name: unpacker.value(value) for name, value in values.items()}
         unpacker.definitions.fill()
+        self.made = unpacker.definitions.made
+        unpacker.definitions = None  # else the two would keep the model until they are collected

@@ -90,7 +90,8 @@ class TensorTable:
         """Lay down all pieces; return the places that `put` gave them, and the views, as JSON has them.
 
         Args:
-            put: takes a flat tensor of bytes on the CPU, which is to be copied at once; returns where it is.
+            put: takes a flat tensor of bytes on the CPU, most often a view of the memory of the values; returns where
+                it is.
         """
         pieces: list[list[_View]] = []
         for view in sorted((view for view in self._views if view.size), key=lambda view: (view.low, -view.high)):
@@ -116,6 +117,7 @@ def _tensor_view(tensor: torch.Tensor) -> _View:
     if name is None or tensor.layout is not torch.strided or tensor.device.type == "meta":
         raise TypeError(f"of {tensor.dtype}, {tensor.layout} on {tensor.device}")
     flags = ("p" if kind is torch.nn.Parameter else "") + ("g" if tensor.requires_grad else "")
+    flags += "h" if tensor.requires_grad and not tensor.is_leaf else ""
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.numel() and plain.data_ptr() % plain.element_size():
         plain = plain.clone()
@@ -158,8 +160,7 @@ def _cut(group: list[_View]) -> tuple[torch.Tensor, int]:
         storage = base.untyped_storage()
         whole = torch.empty(0, dtype=torch.uint8, device=base.device).set_(storage)
         return whole[low - storage.data_ptr() : high - storage.data_ptr()].cpu(), low
-    memory = (ctypes.c_ubyte * (high - low)).from_address(low)
-    piece = torch.frombuffer(memory, dtype=torch.uint8)
+    piece = _bytes_at(low, high - low, [view.owner for view in group])
     if all((view.first - low) % _item_size(view) == 0 for view in group):
         return piece, low
     padded = torch.zeros(low % 16 + len(piece), dtype=torch.uint8)  # so that every element is at a place it can be at
@@ -176,7 +177,14 @@ def _compact(view: _View) -> tuple[torch.Tensor, int]:
         dense = view.owner.copy("C")
         new = _array_view(dense)
     view.owner, view.steps, view.first = dense, new.steps, new.first
-    return torch.frombuffer((ctypes.c_ubyte * new.size).from_address(new.first), dtype=torch.uint8).clone(), new.first
+    return _bytes_at(new.first, new.size, [dense]), new.first
+
+
+def _bytes_at(address: int, size: int, owners: list[Any]) -> torch.Tensor:
+    """Return memory of others as a flat tensor, which keeps them alive."""
+    memory: Any = (ctypes.c_ubyte * size).from_address(address)
+    memory.owners = owners
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _item_size(view: _View) -> int:

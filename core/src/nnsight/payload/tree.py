@@ -10,7 +10,6 @@ import torch
 
 from nnsight._version import __version__
 from nnsight.errors import PayloadError
-from nnsight.kernel.envoy import Envoy
 
 
 def describe_model(root: Any) -> dict[str, Any]:
@@ -33,22 +32,24 @@ def model_key(root: Any) -> str:
 
 
 def envoy_at(root: Any, path: str) -> Any:
-    """Return what has a path in a tree. `root.get` may not: a part of the model can be called `model`, too.
+    """Return the envoy at a path. `root.get` may not: a part of the model can be called `model`, too.
 
     Args:
         root: the root envoy.
         path: what `envoy.path` was at the other end: it begins with the root's own name.
 
     Raises:
-        LookupError, AttributeError: there is nothing.
+        LookupError: there is none.
     """
     own, _, rest = path.partition(".")
     if own != root.path:
         raise LookupError(f"{path!r:.200} does not begin with {root.path!r}")
     found = root
     for name in rest.split(".") if rest else ():
-        child = found._children.get(name) if isinstance(found, Envoy) else None
-        found = child if child is not None else getattr(found, name)
+        try:
+            found = found[name]  # not `getattr`: whoever wrote the path would have any attribute be made
+        except KeyError as error:
+            raise LookupError(error.args[0]) from None
     return found
 
 

@@ -14,7 +14,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import torch
 from nnsight.errors import PayloadError
 from nnsight.kernel.envoy import Envoy
 from nnsight.payload import library
-from nnsight.payload.packing import can_take
+from nnsight.payload.instances import can_take, is_named
 from nnsight.payload.views import Views
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Unpacker:
     Attributes:
         definitions: the functions and classes; None where none may be, and nothing may be imported or called.
         root: the model, for what is made with it; None where there is none.
+        given: returns the value that data of `Packer.given` stands for.
+        own: functions and classes that were sent from here, by what the payload they were in calls them.
         device: returns the device to use for one that the sender had.
     """
 
@@ -62,6 +64,8 @@ class Unpacker:
         self._depth = 0
         self.definitions: Definitions | None = None
         self.root: Any = None
+        self.given: Callable[[Any], Any] | None = None
+        self.own: Mapping[tuple[str, int], Any] = {}
         self.device: Callable[[str], torch.device] = torch.device
 
     def value(self, data: Any) -> Any:
@@ -179,9 +183,17 @@ class Unpacker:
         return found
 
     def _defined(self, data: list[Any]) -> Any:
-        if self.definitions is None:
-            raise PayloadError(f"This payload holds a {data[0]} where only values may be.")
-        return self.definitions.get(data)
+        if self.definitions is not None:
+            return self.definitions.get(data)
+        match data:
+            case [str(kind), int(number)] if (kind, number) in self.own:
+                return self.own[kind, number]
+        raise PayloadError(f"This payload holds a {data[0]} where only values may be.")
+
+    def _given(self, data: Any) -> Any:
+        if self.given is None:
+            raise PayloadError("This payload refers to a value that is not in it.")
+        return self.given(data)
 
     def _envoy(self, path: Any) -> Any:
         found = self._in_tree(self._resolve, path)
@@ -228,9 +240,11 @@ class Unpacker:
 
     def _named(self, data: list[Any]) -> Any:
         cls = self.value(data[1])
-        if not isinstance(cls, type) or not issubclass(cls, tuple):
+        if not isinstance(cls, type) or not is_named(cls):
             raise TypeError("it is no named tuple")
         items = self.items(data[2:])
+        if not hasattr(cls, "_fields"):
+            return cls(items)  # made by torch in C: it takes as many as it has names
         if len(items) != len(getattr(cls, "_fields", ())):
             raise ValueError("it has not the fields of its class")
         return tuple.__new__(cls, items)
@@ -294,6 +308,7 @@ _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "tensor": lambda unpacker, data: unpacker._views.get(data[1]),
     "array": lambda unpacker, data: unpacker._views.get(data[1]),
     "scalar": lambda unpacker, data: unpacker._views.get(data[1])[()],
+    "given": lambda unpacker, data: unpacker._given(data[1]),
     "envoy": lambda unpacker, data: unpacker._envoy(data[1]),
     "submodule": lambda unpacker, data: unpacker._in_tree(unpacker._submodule, data[1]),
     "shared": lambda unpacker, data: unpacker.shared(data[1]),

@@ -87,9 +87,29 @@ def _tensor(memory: torch.Tensor, name: str, shape: list[int], steps: Any, offse
             _check_bools(memory, lambda: tensor.view(torch.uint8), math.prod(shape))
     else:
         tensor = torch.empty(shape, dtype=dtype)
+    wants = _wants_gradient(tensor, flags)
     if "p" in flags:
-        return torch.nn.Parameter(tensor, requires_grad=_wants_gradient(tensor, flags))
-    return tensor.requires_grad_(_wants_gradient(tensor, flags))
+        return torch.nn.Parameter(tensor, requires_grad=wants)
+    if wants and "h" in flags:
+        with torch.enable_grad():
+            arrived: torch.Tensor = _Computed.apply([tensor], torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+        return arrived
+    return tensor.requires_grad_(wants)
+
+
+class _Computed(torch.autograd.Function):
+    """Makes a tensor that was computed at the other end one that is no leaf: it can be edited in place, as there.
+
+    What it was computed from has stayed there, so gradients end here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: list[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
+        return given[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, None
 
 
 def _wants_gradient(tensor: torch.Tensor, flags: str) -> bool:

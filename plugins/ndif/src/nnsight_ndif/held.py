@@ -187,6 +187,17 @@ class Held:
         before, now = self._contents[number], contents(value, [])[1:]
         return len(before) == len(now) and all(old is new for old, new in zip(before, now, strict=True))
 
+    def known(self, value: Any) -> Any:
+        """Return the data that stands for a value that came from the model and is as it was shown, None for any other.
+
+        Edits of a tensor in place are sent beside it.
+        """
+        number = self._numbers.get(id(value))
+        if number is None:
+            return None
+        is_same = isinstance(value, torch.Tensor | Opaque) or self._is_untouched(number, value)
+        return Special("same", number) if is_same else None
+
     def pack(self, value: Any) -> Any:
         """Return the data that stands for a value.
 

@@ -17,7 +17,7 @@ from nnsight_ndif.seat import Seat
 from nnsight_ndif.served import methods_of, modes_here
 
 #: What most jobs of such a process will import, so that it is there when a runner is forked.
-_WORTH_PRELOADING = ("transformers.cache_utils", "transformers.modeling_outputs")
+_WORTH_PRELOADING = ("torch._dynamo", "transformers.cache_utils", "transformers.modeling_outputs")
 
 
 def open_remote(
@@ -86,12 +86,11 @@ class LocalRun(Capture):
         seat = None
         try:
             seat = Seat(root, methods_of(root), runner, _print, _warn, self._limits.printed)
-            order = self._order(scope, root, runner.outgoing.put)
+            own: payload.Own = {}
+            order = self._order(scope, root, runner.outgoing.put, own)
             result = seat.serve(order)
-            bound = {
-                name: job.unpack_result(data, root, seat.shown.unpack)
-                for name, data in job.checked(result, scope.block.bound | scope.block.declared_global).items()
-            }
+            names = scope.block.bound | scope.block.declared_global
+            bound = job.unpack_results(result, names, seat.shown, runner.incoming, root, own)
         finally:
             runner.close()
             if seat is not None:
@@ -99,9 +98,11 @@ class LocalRun(Capture):
         scope.give(bound)
         scope.close()
 
-    def _order(self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+    def _order(
+        self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any], own: payload.Own
+    ) -> dict[str, Any]:  # fmt: skip
         return {
-            "sent": payload.pack_blocks(root, [scope], put, arguments=self._arguments), "method": self._method,
+            "sent": payload.pack_blocks(root, [scope], put, own, arguments=self._arguments), "method": self._method,
             "path": self._envoy.path, "seed": _seed(), "modes": modes_here((root.device or torch.device("cpu")).type),
             "default_dtype": str(torch.get_default_dtype()).partition(".")[2], "batched": self._batched,
         }  # fmt: skip

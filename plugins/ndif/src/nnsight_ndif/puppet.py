@@ -36,7 +36,7 @@ class Link:
 
     def __init__(self, channel: Channel, incoming: Window, outgoing: Window) -> None:
         self.channel = channel
-        self.incoming = incoming
+        self.incoming, self.outgoing = incoming, outgoing
         self.modules: dict[str, StandIn] = {}
         self.held = Held(incoming, outgoing, lambda path: self.modules[path], self._pull)
         #: The model's numbers of locations, by those of the tree here, and the other way round.

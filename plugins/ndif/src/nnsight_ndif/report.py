@@ -84,6 +84,8 @@ def _arguments(error: BaseException) -> tuple[Any, ...]:
             return (text,)
     if isinstance(error, OSError) and error.filename is not None:
         return (error.errno, error.strerror, error.filename)
+    if len(error.args) == 1 and type(error.args[0]).__module__.partition(".")[0] == "nnsight":
+        return (str(error.args[0]),)  # a message that is made when it is read
     return error.args
 
 

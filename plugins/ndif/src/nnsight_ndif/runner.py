@@ -34,6 +34,7 @@ def warm() -> None:
     """Import and set up what every job needs, in the process that runners are forked from."""
     with contextlib.suppress(ImportError):
         importlib.import_module("numpy.random")  # numpy itself would do so for the first job
+    sys.meta_path.insert(0, _Compilers())
     watch_exposure()
     model = nnsight.NNsight(torch.nn.Linear(1, 1))
     with model.session() as session:
@@ -43,6 +44,15 @@ def warm() -> None:
     with model.trace(torch.zeros(1, 1)):
         model.output.save()
     _saved.clear()
+
+
+class _Compilers:
+    """Lets torch's compilers be imported without a folder for their files: its optimizers import them, and use none."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Find nothing; the import goes on elsewhere."""
+        if name == "torch._dynamo":
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/"
 
 
 def _save(block: Any, value: Any) -> None:
@@ -99,7 +109,7 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
         tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
         with tracer:
             block.run(tracer)
-    return lambda: job.results(block.bound(), _saved, link.held, link.theirs)
+    return lambda: job.results(block.bound(), _saved, link.held, link.outgoing, model, sent)
 
 
 class _Printer:

@@ -1,0 +1,223 @@
+"""What a block in a runner has saved is in the caller's frame as it is for a block that runs there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import typing
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnsight import save
+
+
+class Mode(enum.Enum):
+    ADD = "add"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    layer: int
+    hidden: torch.Tensor
+    mode: Mode = Mode.ADD
+
+
+class Notes:
+    def __init__(self, first):
+        self.all = [first]
+
+    def last(self):
+        return self.all[-1]
+
+
+class Scores(typing.NamedTuple):
+    best: torch.Tensor
+    name: str
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+class Probe(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.fixture(params=[False, "local"], ids=["here", "local"])
+def remote(request):
+    return request.param
+
+
+SAVED = {
+    "array": lambda hidden: hidden.detach().numpy(), "number": lambda hidden: np.float32(hidden.sum().item()),
+    "scores": lambda hidden: Scores(hidden[0], "a"), "pair": lambda hidden: Pair(hidden, 1),
+    "topk": lambda hidden: hidden.topk(2), "max": lambda hidden: hidden.max(0), "shape": lambda hidden: hidden.shape,
+    "ordered": lambda hidden: collections.OrderedDict(b=hidden, a=1),
+    "default": lambda hidden: collections.defaultdict(list, {"a": [hidden]}),
+    "counter": lambda hidden: collections.Counter("aab"), "deque": lambda hidden: collections.deque([hidden], 3),
+    "bytes": lambda hidden: bytearray(b"ab"), "parameter": lambda hidden: nn.Parameter(hidden.detach()),
+    "dtype": lambda hidden: hidden.dtype, "member": lambda hidden: Mode.ADD,
+    "nested": lambda hidden: {"a": [(hidden, {1, 2}), None], 3: ("é", 2 - 1j, frozenset({1.5}))},
+    "infinite": lambda hidden: [float("inf"), hidden.new_full((2,), float("-inf"))],
+    "turned": lambda hidden: hidden.t(), "half": lambda hidden: hidden.bfloat16(), "empty": lambda hidden: hidden[:0],
+    "range": lambda hidden: range(3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SAVED)
+def test_value_comes_back_with_its_type_and_content(net, x, remote, what):
+    with torch.no_grad():
+        expected = SAVED[what](net._module[0](x))
+    make = SAVED[what]
+    with torch.no_grad(), net.trace(x, remote=remote):
+        found = save(make(net[0].output))
+    check(found, expected)
+
+
+def check(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and found.stride() == expected.stride()
+        assert torch.equal(found, expected) and found.requires_grad == expected.requires_grad
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype and np.array_equal(found, expected)
+    elif isinstance(expected, list | tuple | collections.deque):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            check(one, other)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        check(list(found.values()), list(expected.values()))
+    else:
+        assert found == expected
+
+
+def test_instances_are_of_the_callers_own_classes(net, x, remote):
+    with net.trace(x, remote=remote):
+        found = save(Found(0, net[0].output))
+        notes = save(Notes(found))
+        kinds = save([Found, Mode.ADD, Notes])
+    assert type(found) is Found and type(notes) is Notes and kinds == [Found, Mode.ADD, Notes]
+    assert notes.last() is found and found.mode is Mode.ADD
+    assert torch.equal(found.hidden, net._module[0](x))
+
+
+def test_probe_trained_in_the_block_comes_back(net, x, remote):
+    torch.manual_seed(0)
+    probe = Probe()
+    before = probe.linear.weight.detach().clone()
+    with net.trace(x, remote=remote):
+        hidden = net[0].output.detach()
+        optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
+        probe(hidden).sum().backward()
+        optimizer.step()
+        trained = save(probe)
+    hidden = net._module[0](x).detach()
+    assert type(trained) is Probe
+    expected = before - 0.1 * hidden.sum(0).expand(2, 8)
+    torch.testing.assert_close(trained.linear.weight.detach(), expected)
+    assert torch.equal(trained(hidden), hidden @ trained.linear.weight.t() + trained.linear.bias)
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in trained.parameters())
+
+
+def test_envoys_and_modules_come_back_as_the_callers(net, x, remote):
+    with net.trace(x, remote=remote):
+        net.output
+        layers = save({"first": net[0], "all": [net]})
+    assert layers["first"] is net[0] and layers["all"][0] is net
+
+
+def test_what_two_names_share_they_share_here(net, x, remote):
+    with torch.no_grad(), net.trace(x, remote=remote):
+        hidden = (net[0].output + 1).save()
+        row = hidden[1].save()
+        again = hidden.save()
+        entries = [hidden, hidden].save()
+        table = {"entries": entries}.save()
+    assert again is hidden and entries[0] is hidden and entries[1] is hidden
+    assert table["entries"] is entries
+    row.zero_()
+    assert hidden[1].eq(0).all() and not hidden[0].eq(0).all()
+
+
+def test_computed_tensor_can_be_edited_in_place_afterwards(net, x, remote):
+    with net.trace(x, remote=remote):
+        doubled = (net[0].output * 2).save()
+    assert doubled.requires_grad and not doubled.is_leaf
+    doubled += 1
+    assert torch.equal(doubled, net._module[0](x) * 2 + 1)
+
+
+def test_value_is_saved_between_the_traces_of_a_session(net, x, remote):
+    with net.session(remote=remote):
+        before = [1].save()
+        with net.trace(x):
+            first = net[0].output
+        total = (first * 2).save()
+        with net.trace(x * 2):
+            second = net[0].output
+        difference = save(second - first)
+    expected = net._module[0](x)
+    assert before == [1]
+    torch.testing.assert_close(total, expected * 2)
+    torch.testing.assert_close(difference, net._module[0](x * 2) - expected)
+
+
+def test_edit_in_place_after_the_last_trace_of_a_session_counts(net, x, remote):
+    with torch.no_grad(), net.session(remote=remote):
+        with net.trace(x):
+            hidden = net[0].output
+        hidden[:, 0] = 7
+        hidden.save()
+    expected = net._module[0](x).detach()
+    expected[:, 0] = 7
+    assert torch.equal(hidden, expected)
+
+
+def test_output_that_the_block_has_changed_comes_back_changed(gpt, ids, remote):
+    with torch.no_grad(), gpt.trace(ids, remote=remote) as tracer:
+        output = tracer.result
+        logits = output.logits
+        output.logits = logits * 2
+        output.save()
+        logits.save()
+    plain = gpt._module(ids)
+    assert type(output) is type(plain)
+    assert torch.equal(output.logits, plain.logits * 2) and torch.equal(logits, plain.logits)
+    assert torch.equal(output["logits"], plain.logits * 2)
+    assert torch.equal(output.past_key_values.layers[0].keys, plain.past_key_values.layers[0].keys)
+
+
+def test_many_values_of_a_loop_come_back(gpt, ids, remote):
+    with gpt.trace(ids, remote=remote):
+        hidden = [block.output.save() for block in gpt.transformer.h].save()
+        by_layer = {n: h.norm() for n, h in enumerate(hidden)}.save()
+    outputs = gpt._module(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden[0], outputs[1]) and len(hidden) == len(gpt.transformer.h)
+    assert by_layer[0] == hidden[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda hidden: lambda: hidden, "it is a function"),
+        (lambda hidden: [1, (n for n in "ab")], "item 1: it is a generator"),
+        (lambda hidden: {"a": hidden.to_sparse()}, r"item 'a': .*torch\.Tensor, of .*sparse_coo.* can come back\.$"),
+    ],
+    ids=["function", "generator", "sparse"],
+)  # fmt: skip
+def test_what_cannot_come_back_is_named(net, x, make, told):
+    with pytest.raises(NotImplementedError, match=rf"^What was saved as 'found' cannot come back.*{told}"):
+        with torch.no_grad(), net.trace(x, remote="local"):
+            found = save(make(net[0].output))
+    with net.trace(x, remote="local"):
+        found = net[0].output.save()
+    assert torch.equal(found, net._module[0](x))
