@@ -234,7 +234,10 @@ class StandInEnvoy(Envoy):
 
     @property
     def source(self) -> Any:
-        raise NotInRunnerError("`.source` looks into a module's forward, which a runner does not have.")
+        raise NotInRunnerError(
+            f"`{self._path}.source` looks into a module's forward, which a runner does not have. Read what goes in and "
+            "out of modules there, or run the block here, without `remote=`."
+        )
 
     @property
     def dtype(self) -> Any:

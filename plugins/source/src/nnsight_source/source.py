@@ -10,6 +10,7 @@ from nnsight import NotInTreeError
 from nnsight_source.errors import SourceError
 from nnsight_source.show import listed, show_function, show_spot
 from nnsight_source.site import Site
+from nnsight_source.travel import packed, spot_of, unpacked
 
 if TYPE_CHECKING:
     from nnsight import Envoy, Mediator
@@ -101,6 +102,15 @@ class Group:
 
     def __repr__(self) -> str:
         return show_function(self._site.rewritten, self._kind)
+
+    def __nnsight_pack__(self) -> list[Any]:
+        return [*packed(self._site), self._kind]
+
+    @classmethod
+    def __nnsight_unpack__(cls, root: Any, content: Any) -> Group:
+        *where, kind = content
+        site = unpacked(where)
+        return Source(site) if kind == "call" else Group(site, kind)
 
 
 class Source(Group):
@@ -256,6 +266,15 @@ class Operation:
             what = kind.get(self._spot.kind, f"is the value of {self._spot.name.rpartition('_')[0]!r}")
             raise SourceError(f"`{self.path}` {what}, so it has no `.{port}`; read or assign its `.output`.")
         return number
+
+    def __nnsight_pack__(self) -> list[Any]:
+        return [*packed(self._site), self._spot.kind, self._spot.name]
+
+    @classmethod
+    def __nnsight_unpack__(cls, root: Any, content: Any) -> Operation:
+        *where, kind, name = content
+        site = unpacked(where)
+        return cls(site, spot_of(site, kind, name))
 
     def __repr__(self) -> str:
         return show_spot(self._site.rewritten, self._spot, self.path)
