@@ -32,7 +32,7 @@ _MAX_JSON_DEPTH = 200
 _MAX_TABLE = 4 << 20
 _MAX_WINDOW_LOG = 23  # of the compressor: what it looks back on, 8 MB
 _CHUNK = 1 << 18
-_LEVEL = 3
+_LEVEL = 1  # tensors get no smaller with more, and take twice as long
 _ALIGNMENT = 64
 
 Source = bytes | bytearray | memoryview | BinaryIO | Iterable[bytes]
