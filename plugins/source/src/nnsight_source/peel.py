@@ -54,6 +54,15 @@ def peel(target: Any, depth: int = _DEPTH) -> tuple[list[FunctionType], Rebuild]
     return inner, lambda changes: MethodType(rebuild(changes), target)
 
 
+def module_of(target: Any, depth: int = _DEPTH) -> nn.Module | None:
+    """Return the module that a callable calls as a whole, as what `torch.compile` makes of a module does; or None."""
+    if isinstance(target, MethodType):
+        is_call = getattr(target.__func__, "__code__", None) is nn.Module._wrapped_call_impl.__code__
+        return target.__self__ if is_call and isinstance(target.__self__, nn.Module) else None
+    cell = _inner_cell(target) if depth and isinstance(target, FunctionType) else None
+    return None if cell is None else module_of(cell.cell_contents, depth - 1)
+
+
 def name_of(target: Any) -> str:
     """Return what messages call a callable."""
     if isinstance(target, BuiltinFunctionType):

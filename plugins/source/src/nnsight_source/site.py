@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterable
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -21,7 +22,7 @@ from nnsight import (
 )
 from nnsight_source.errors import SourceError
 from nnsight_source.live import Live, find_live, look_into_call, look_into_module
-from nnsight_source.peel import peel
+from nnsight_source.peel import module_of, peel
 from nnsight_source.place import Anchor
 from nnsight_source.rewrite import rewritten
 from nnsight_source.spots import WRAPPER, Rewritten, Spot
@@ -87,6 +88,9 @@ class Site:
         """Return the site of a module's forward."""
         module = envoy._module
         anchor = Anchor(module)
+        inner = module_of(anchor.value)
+        if inner is not None and inner is not module:
+            return cls.of_module(envoy_of(inner, envoy))
         return cls(envoy, peel(anchor.value)[0], _owner(anchor.value, None if anchor.name else module))
 
     @property
@@ -222,10 +226,7 @@ class Site:
 
     def _site_of(self, target: Any, spot: Spot, path: str) -> Site:
         if isinstance(target, nn.Module):
-            for envoy in self.envoy.root.modules():
-                if envoy._module is target:
-                    return Site.of_module(envoy)
-            raise SourceError(f"`{path}` calls a module that is not in the model, so it cannot be looked into.")
+            return Site.of_module(envoy_of(target, self.envoy, path))
         return Site(self.envoy, peel(target)[0], _owner(target), (self, spot))
 
     def _resolve(self, spot: Spot) -> Any:
@@ -248,6 +249,24 @@ class Site:
         for name in names:
             found = getattr(found, name, _NOTHING) if found is not _NOTHING else _NOTHING
         return found
+
+
+def envoy_of(module: nn.Module, near: Envoy, path: str = "") -> Envoy:
+    """Return what mirrors a module that is called by something in the same model.
+
+    Args:
+        module: the module.
+        near: an envoy of the model.
+        path: what calls it, for the error; the envoy's module if not given.
+
+    Raises:
+        SourceError: it is not in the model.
+    """
+    envoys: Iterable[Envoy] = near.root.modules()
+    for envoy in envoys:
+        if envoy._module is module:
+            return envoy
+    raise SourceError(f"`{path or near.path}` calls a module that is not in the model, so it cannot be looked into.")
 
 
 def _owner(target: Any, instance: Any = None) -> Any:
