@@ -18,7 +18,6 @@ class TestCaptured(TransportConformance):
 
 
 KEEPS = "a value that is written in a runner keeps its structure, shape and dtype"
-COPIES = "a runner gets copies of the caller's variables, and only what was saved comes back"
 MODEL = "a block in a runner cannot change the model"
 
 
@@ -27,8 +26,6 @@ class TestLocal(TransportConformance):
 
     test_argument_that_was_not_given_is_added = dropped(KEEPS, raises=InputError)
     test_value_of_another_shape_and_dtype_flows_on = dropped(KEEPS, raises=InputError)
-    test_function_of_the_caller_counts_in_a_variable_of_the_caller = dropped(COPIES)
-    test_list_of_the_caller_is_filled = dropped(COPIES)
     test_weights_are_changed = dropped(MODEL, raises=InputError)
     test_module_is_attached = dropped(MODEL, raises=NotImplementedError)
     test_weights_get_gradients = dropped("weights get no gradients from a runner: they are asked for by autograd.grad")

@@ -6,7 +6,10 @@ What plugins use is here; docs/payload.md describes the format.
 from __future__ import annotations
 
 from nnsight.payload.container import FORMAT as FORMAT
+from nnsight.payload.instances import attributes as attributes
+from nnsight.payload.instances import can_take as can_take
 from nnsight.payload.library import register as register
+from nnsight.payload.outside import Outside as Outside
 from nnsight.payload.results import Results as Results
 from nnsight.payload.results import pack_values as pack_values
 from nnsight.payload.results import unpack_values as unpack_values

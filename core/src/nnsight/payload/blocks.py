@@ -15,7 +15,9 @@ from typing import Any
 from nnsight.capture.cells import Scope
 from nnsight.capture.compiler import ENTERED, Block
 from nnsight.errors import PayloadError, UnsendableError
+from nnsight.payload.defining import Definitions
 from nnsight.payload.names import attributes_of
+from nnsight.payload.outside import Outside
 from nnsight.payload.packing import Packer
 from nnsight.payload.sources import FUTURES, parse_lines, remember_lines, source_lines
 from nnsight.payload.unpacking import Unpacker
@@ -115,6 +117,7 @@ class SentBlock:
         self._block = _block(data, filename, line, text)
         definitions = unpacker.definitions
         self._namespace = definitions.namespace(module)
+        self._module = module
         self._values = {name: unpacker.value(value) for name, value in values.items()}
         self._live = {name: definitions.cell(number) for name, number in live.items()}
         if not self._block.live <= self._live.keys():
@@ -122,6 +125,10 @@ class SentBlock:
         self.names = self._block.bound | self._block.declared_global
         self._scope: Scope | None = None
         remember_lines(filename, line, text)
+
+    def outside(self, definitions: Definitions) -> Outside:
+        """Return what it finds outside of itself, before it is run."""
+        return definitions.outside(self._values, self._live, self.names, self._module)
 
     def scope(self) -> Scope:
         """Return its variables, for a block that is to wait for its turn."""

@@ -19,6 +19,7 @@ from nnsight.errors import PayloadError
 from nnsight.payload import library
 from nnsight.payload.classes import compile_class, functions_of
 from nnsight.payload.names import eager_names, global_names
+from nnsight.payload.outside import Outside
 from nnsight.payload.sources import FUTURES, Source, compile_function, remember_lines
 from nnsight.payload.unpacking import Unpacker
 
@@ -94,6 +95,21 @@ class Definitions:
         if type(number) is not int or not 0 <= number < len(self._modules):
             raise PayloadError(f"This payload refers to the namespace {number!r}, which is not in it.")
         return vars(self._modules[number])
+
+    def outside(self, values: dict[str, Any], live: dict[str, types.CellType], own: Any, namespace: Any) -> Outside:
+        """Return what a block finds outside of itself.
+
+        Args:
+            values: the variables that nobody else shares.
+            live: the variables that functions outside of it share.
+            own: the names that it binds.
+            namespace: the number of its globals.
+        """
+        numbers = {id(cell): number for number, cell in self._made_cells.items()}
+        mine: set[Any] = {("cell", numbers[id(cell)]) for name, cell in live.items() if name in own}
+        mine |= {("global", namespace, name) for name in own}
+        cells = [self.cell(number) for number in range(len(self._cells))]
+        return Outside(values, cells, [vars(module) for module in self._modules], mine)
 
     def cell(self, number: Any) -> types.CellType:
         """Return a variable that functions share; it gets its content by `fill`."""

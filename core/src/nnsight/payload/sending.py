@@ -12,6 +12,7 @@ from nnsight.errors import PayloadError
 from nnsight.payload.blocks import SentBlock, pack_block
 from nnsight.payload.defining import Definitions
 from nnsight.payload.describing import Descriptions
+from nnsight.payload.outside import Outside
 from nnsight.payload.packing import Packer
 from nnsight.payload.tensors import Put
 from nnsight.payload.unpacking import Unpacker
@@ -22,7 +23,8 @@ Own = dict[tuple[str, int], Any]
 
 
 def pack_blocks(
-    root: Any, scopes: Iterable[Scope], put: Put, own: Own | None = None, **values: Any
+    root: Any, scopes: Iterable[Scope], put: Put, own: Own | None = None,
+    tell: Callable[[Outside], None] | None = None, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Return blocks, and values that belong to them, as JSON has them.
 
@@ -31,6 +33,7 @@ def pack_blocks(
         scopes: the blocks, each with its variables.
         put: lays down the bytes of tensors, a flat tensor that most often is a view of them; returns where they are.
         own: is filled with the functions and classes that are sent, for `unpack_values` of what comes back.
+        tell: given what the first block finds outside of itself.
         **values: anything that can travel, such as the arguments of a trace. What they share with what the blocks use
             is one object at the other end, too.
 
@@ -40,11 +43,14 @@ def pack_blocks(
     packer = Packer(root)
     descriptions = packer.descriptions = Descriptions(packer)
     try:
+        scopes = list(scopes)
         blocks = [pack_block(packer, scope) for scope in scopes]
         packed = {name: packer.named(f"One of the {name}", value) for name, value in values.items()}
         definitions = descriptions.finish()
         if own is not None:
             own.update(descriptions.packed())
+        if tell is not None:
+            tell(descriptions.outside(scopes[0]))
     finally:
         packer.descriptions = None  # else the two would keep the model until they are collected
     return {
@@ -90,4 +96,5 @@ class SentBlocks:
         self.values = {name: unpacker.value(value) for name, value in values.items()}
         unpacker.definitions.fill()
         self.made = unpacker.definitions.made
+        self.outside = self.blocks[0].outside(unpacker.definitions) if self.blocks else None
         unpacker.definitions = None  # else the two would keep the model until they are collected

@@ -27,3 +27,7 @@ class NotInRunnerError(NNsightError, NotImplementedError):
 
 class RemoteBlockError(RunnerError):
     """A block raised an exception whose class is not known here; its name and message are in this one's."""
+
+
+class RunnerWarning(UserWarning):
+    """Something that a block did stays in its process."""

@@ -247,6 +247,12 @@ def contents(value: Any, found: list[Any]) -> list[Any]:
     return found
 
 
+def is_exposed(tensor: Any) -> bool:
+    """Return whether a tensor's memory has been reached around torch."""
+    is_there = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    return is_there and tensor.untyped_storage().data_ptr() in _exposed
+
+
 def watch_exposure() -> None:
     """From now on notice when a tensor's memory is reached around torch, so that edits of it are found.
 

@@ -1,20 +1,31 @@
-"""What a block has saved, as data, and back."""
+"""What comes back of a job: what the block has saved, and what it has changed outside of itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+
 from nnsight import PayloadError, UnsendableError, payload
+from nnsight_ndif.changed import Changed
 from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held
+from nnsight_ndif.outside import Watch
 from nnsight_ndif.shown import Shown
 from nnsight_ndif.window import Window
+from nnsight_ndif.wire import Special
+
+#: What the names of changes begin with: no name of a block does.
+_CHANGE = "#"
 
 
 def results(
-    bound: dict[str, Any], saved: dict[int, Any], held: Held, window: Window, root: Any, sent: payload.SentBlocks
-) -> list[Any]:
-    """Return as data what comes back of a block: what its names are bound to, where that was saved.
+    bound: dict[str, Any], saved: dict[int, Any], held: Held, window: Window, root: Any, sent: payload.SentBlocks,
+    watch: Watch,
+) -> list[Any]:  # fmt: skip
+    """Return as data what comes back of a block: what its names are bound to, where that was saved; and its changes.
 
     Args:
         bound: what the block's names are bound to.
@@ -23,40 +34,83 @@ def results(
         window: to lay down tensors in.
         root: the stand-in of the model.
         sent: the block as it was received.
+        watch: what it found outside of itself.
 
     Raises:
         NotInRunnerError: a value cannot come back.
     """
     _, edits = held.begin()
-    marked = {name: value for name, value in bound.items() if id(value) in saved}
+    values = {name: value for name, value in bound.items() if id(value) in saved}
+    lost = []
+
+    def given(value: Any) -> Any:
+        return held.known(value) or watch.given(value)
+
+    pack = partial(payload.pack_values, root=root, sent=sent, given=given)
+    for number, change in enumerate(watch.changes()):
+        try:
+            pack({"": change}, _nowhere)
+            values[f"{_CHANGE}{number}"] = change
+        except UnsendableError as error:
+            lost.append([change[0], str(error).partition(": ")[2]])
     try:
-        return [edits, payload.pack_values(marked, window.put, root, sent, held.known)]
+        return [edits, pack(values, window.put), watch.paths(), lost]
     except UnsendableError as error:
         raise NotInRunnerError(str(error)) from None
 
 
-def unpack_results(data: Any, names: Any, shown: Shown, window: Window, root: Any, own: payload.Own) -> dict[str, Any]:
-    """Return what `results` told of, by name.
+def _nowhere(piece: torch.Tensor) -> int:
+    return 0
+
+
+class Results:
+    """What `results` told of. The data comes from a runner.
 
     Args:
-        data: what comes from a runner.
-        names: those that the block may bind.
+        data: the data.
+        names: the names that the block may bind.
         shown: what the runner was shown of the model.
         window: in which the tensors lie.
         root: the model.
         own: the functions and classes that were sent to the runner.
+        outside: what the block found outside of itself.
+
+    Attributes:
+        bound: what was saved, by name.
+        todo: what brings the changes in place.
+        lost: what has changed and cannot come back: what it is called, and why it cannot.
 
     Raises:
         FrameError: it is something else.
         InputError: the block has edited what it must not.
     """
-    match data:
-        case [edits, {"values": dict(values), **rest}] if all(type(name) is str and name in names for name in values):
-            pass
-        case _:
-            raise FrameError("the result of a block is malformed")
-    shown.apply_edits(edits)
-    try:
-        return payload.unpack_values({"values": values, **rest}, window.get, root, own, shown.unpack)
-    except PayloadError as error:
-        raise FrameError(f"the result of a block is malformed: {error}") from None
+
+    def __init__(
+        self, data: Any, names: Any, shown: Shown, window: Window, root: Any, own: payload.Own,
+        outside: payload.Outside,
+    ) -> None:  # fmt: skip
+        match data:
+            case [edits, {"values": dict(values), **rest}, dict(paths), list(lost)] if _are_names(values, names):
+                pass
+            case _:
+                raise FrameError("the result of a block is malformed")
+        shown.apply_edits(edits)
+        changed = Changed(outside, paths, root)
+
+        def given(data: Any) -> Any:
+            if isinstance(data, Special) and data.kind == "outside":
+                return changed.find(data.content)
+            return shown.unpack(data)
+
+        try:
+            found = payload.unpack_values({"values": values, **rest}, window.get, root, own, given)
+        except PayloadError as error:
+            raise FrameError(f"the result of a block is malformed: {error}") from None
+        self.bound = {name: value for name, value in found.items() if not name.startswith(_CHANGE)}
+        changes = [value for name, value in found.items() if name.startswith(_CHANGE)]
+        self.todo: list[Callable[[], None]] = changed.prepare(changes)
+        self.lost: list[tuple[str, str]] = changed.named(lost)
+
+
+def _are_names(values: dict[Any, Any], names: Any) -> bool:
+    return all(type(name) is str and (name in names or name.startswith(_CHANGE)) for name in values)

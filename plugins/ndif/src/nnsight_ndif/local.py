@@ -11,7 +11,7 @@ import torch
 
 from nnsight import Capture, InputError, NNsight, payload
 from nnsight_ndif import job, launch
-from nnsight_ndif.errors import NotInRunnerError
+from nnsight_ndif.errors import NotInRunnerError, RunnerWarning
 from nnsight_ndif.isolation import Limits
 from nnsight_ndif.seat import Seat
 from nnsight_ndif.served import methods_of, modes_here
@@ -74,6 +74,7 @@ class LocalRun(Capture):
         self._arguments = (args, kwargs)
         self._batched = batched
         self._limits = limits
+        self._outside: payload.Outside | None = None
 
     def _captured(self, block: Any) -> None:
         scope, root = block.scope, self._envoy.root
@@ -90,22 +91,33 @@ class LocalRun(Capture):
             order = self._order(scope, root, runner.outgoing.put, own)
             result = seat.serve(order)
             names = scope.block.bound | scope.block.declared_global
-            bound = job.unpack_results(result, names, seat.shown, runner.incoming, root, own)
+            assert self._outside is not None
+            results = job.Results(result, names, seat.shown, runner.incoming, root, own, self._outside)
         finally:
             runner.close()
             if seat is not None:
                 seat.close()
-        scope.give(bound)
+            self._outside = None
+        for change in results.todo:
+            change()
+        for what, reason in results.lost:
+            message = f"The block has changed `{what}`, and that stays in its process: {reason}"
+            warnings.warn_explicit(message, RunnerWarning, scope.block.filename, scope.block.node.lineno)
+        scope.give(results.bound)
         scope.close()
 
     def _order(
         self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any], own: payload.Own
     ) -> dict[str, Any]:  # fmt: skip
+        device = root.device or torch.device("cpu")
         return {
-            "sent": payload.pack_blocks(root, [scope], put, own, arguments=self._arguments), "method": self._method,
-            "path": self._envoy.path, "seed": _seed(), "modes": modes_here((root.device or torch.device("cpu")).type),
+            "sent": payload.pack_blocks(root, [scope], put, own, self._tell, arguments=self._arguments),
+            "method": self._method, "path": self._envoy.path, "seed": _seed(), "modes": modes_here(device.type),
             "default_dtype": str(torch.get_default_dtype()).partition(".")[2], "batched": self._batched,
         }  # fmt: skip
+
+    def _tell(self, outside: payload.Outside) -> None:
+        self._outside = outside
 
 
 def _seed() -> int:

@@ -19,8 +19,9 @@ import nnsight
 from nnsight import Mediator, Tracer, payload
 from nnsight_ndif import job
 from nnsight_ndif.channel import Channel, Kind
-from nnsight_ndif.held import watch_exposure
-from nnsight_ndif.puppet import Link, StandInModel
+from nnsight_ndif.held import is_exposed, watch_exposure
+from nnsight_ndif.outside import Watch
+from nnsight_ndif.puppet import Helper, Link, StandIn, StandInModel
 from nnsight_ndif.report import describe
 from nnsight_ndif.served import modes
 from nnsight_ndif.window import DTYPES, Window
@@ -100,6 +101,8 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
         order["sent"], link.incoming.get, find, link.modules.__getitem__, lambda _: torch.device("cpu")
     )
     (block,) = sent.blocks
+    assert sent.outside is not None
+    watch = Watch(sent.outside, lambda value: isinstance(value, nnsight.Envoy | StandIn | Helper), is_exposed)
     if order["method"] == "session":
         with model.session() as opened:
             block.run(opened)
@@ -109,7 +112,7 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
         tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
         with tracer:
             block.run(tracer)
-    return lambda: job.results(block.bound(), _saved, link.held, link.outgoing, model, sent)
+    return lambda: job.results(block.bound(), _saved, link.held, link.outgoing, model, sent, watch)
 
 
 class _Printer:
