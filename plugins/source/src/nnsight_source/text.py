@@ -35,6 +35,7 @@ _IGNORED = frozenset({
 })  # fmt: skip
 _GLOBAL, _ATTRIBUTE, _CACHE, _MORE = (dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_ATTR", "CACHE", "EXTENDED_ARG"))
 _LOAD_METHOD = dis.opmap.get("LOAD_METHOD", -1)
+_SUPER = dis.opmap.get("LOAD_SUPER_ATTR", -1)  # what `super().x` is, from 3.12 on, unless the module has a `super`
 _METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
@@ -112,7 +113,7 @@ def compile_function(node: Function, code: CodeType, own: frozenset[str] = froze
 def _imported(code: CodeType) -> set[str]:
     """Return the global names that the module may have imported: how what they hold is called depends on that.
 
-    A method is called in a way of its own, unless it is of a name that the module imports.
+    A method is called in a way of its own, unless it is of a name that the module imports; and so is `super`.
     """
     names, methods = set(), set()
     last, argument = "", 0
@@ -123,6 +124,8 @@ def _imported(code: CodeType) -> set[str]:
             names.add(last)
         elif kind == _LOAD_METHOD or (kind == _ATTRIBUTE and argument & _METHOD_BIT):
             methods.add(last)
+        elif kind == _SUPER:
+            methods.add("super")
         if kind not in (_GLOBAL, _CACHE, _MORE):
             last = ""
         if kind != _MORE:
