@@ -1,8 +1,10 @@
 """Edits as files: source and tensors, without pickle."""
 
+import gc
 import io
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -406,3 +408,37 @@ def test_edits_of_a_part_that_is_called_as_the_root_are_found(tmp_path):
     with fresh.trace(x):
         result = fresh.output
     assert torch.equal(result, model._module.head(model._module.model(x) * 2))
+
+
+PROGRAM = """
+factor = 2
+
+def scaled(value):
+    return value * factor
+
+with model.edit(inplace=True):
+    model.h[0].output = scaled(model.h[0].output)
+"""
+
+
+def test_model_with_imported_edits_is_freed_without_the_cyclic_collector(net, tmp_path):
+    """Also where the edit is written at the top of a file, and so names its model as a global."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    x, module = rows(), seeded(Net)
+    namespace = {"model": NNsight(module), "__name__": "program", "__file__": str(path)}
+    exec(compile(PROGRAM, str(path), "exec"), namespace)
+    namespace["model"].export_edits("mine", tmp_path)
+
+    def use():
+        other = NNsight(seeded(Net))
+        other.import_edits("mine", tmp_path)
+        assert torch.equal(result_of(other, x), edited_by(module, x, h_0=lambda output: output * 2))
+        return weakref.ref(other._module)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert use()() is None
+    finally:
+        gc.enable()

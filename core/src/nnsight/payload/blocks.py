@@ -15,6 +15,7 @@ from typing import Any
 from nnsight.capture.cells import Scope
 from nnsight.capture.compiler import ENTERED, Block
 from nnsight.errors import PayloadError, UnsendableError
+from nnsight.kernel.envoy import Envoy
 from nnsight.payload.defining import Definitions
 from nnsight.payload.names import attributes_of
 from nnsight.payload.outside import Outside
@@ -48,6 +49,8 @@ def pack_block(packer: Packer, scope: Scope) -> dict[str, Any]:
     own = {*values, *live}
     if kind == "module":  # its variables are the globals, unless it was run with others (`exec`)
         own = {name for name, value in values.items() if namespace.get(name, _MISSING) is not value}
+        # Functions that share the globals would keep the model, and the model keeps the edits that use them.
+        own |= {name for name, value in values.items() if isinstance(value, Envoy)}
     data: dict[str, Any] = {
         "kind": kind, "filename": block.filename, "name": block.name, "qualname": block.qualname, "first": block.first,
         "futures": [name for name, flag in FUTURES.items() if block.flags & flag],
