@@ -49,6 +49,7 @@ def test_heads_as_views_of_a_fused_projection(model, plain, tokenizer):
     path = "transformer.h.1.attn.c_attn"
     expected, _ = retained(plain, tokenizer, path, TEXT)
     _, weight = retained(plain, tokenizer, path, TEXT, change)
+    model._module.zero_grad()  # the model is shared, and another test may have left gradients
     with model.trace(TEXT):
         fused = model.transformer.h[1].attn.c_attn.output
         with model.output.logits[:, -1].sum().backward():

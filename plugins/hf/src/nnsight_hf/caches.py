@@ -1,4 +1,4 @@
-"""Key-value caches in joint batches: an invoke sees its own rows of every layer's keys and values."""
+"""Caches in joint batches: an invoke sees its own rows of every layer's keys, values and states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from nnsight import register_container
+
+Transform = Callable[[Any], Any]
 
 
 @cache
@@ -18,21 +22,20 @@ def register() -> None:
     register_container(Cache, _transform)
 
 
-def _transform(found: Any, function: Callable[[Any], Any]) -> Any:
-    """Return a cache of the same kind whose keys and values, (B, heads, T, head size), are what `function` gives."""
-    new = copy.copy(found)
-    if not hasattr(found, "layers"):  # that of an encoder with a decoder is two
-        for name in ("self_attention_cache", "cross_attention_cache"):
-            setattr(new, name, _transform(getattr(found, name), function))
-        return new
-    new.layers = [_transform_layer(layer, function) for layer in found.layers]
+def _transform(found: Any, function: Transform) -> Any:
+    """Return a cache of the same kind, whose tensors and inner caches are what `function` gives.
+
+    In its layers that are keys and values, (B, heads, T, head size), and what layers without attention carry along.
+    """
+    new = _with_tensors(found, function)
+    if "layers" in vars(found):
+        new.layers = [_with_tensors(layer, function) for layer in found.layers]
     return new
 
 
-def _transform_layer(layer: Any, function: Callable[[Any], Any]) -> Any:
-    new = copy.copy(layer)
-    for name in ("keys", "values"):
-        tensor = getattr(layer, name, None)
-        if tensor is not None:
-            setattr(new, name, function(tensor))
+def _with_tensors(found: Any, function: Transform) -> Any:
+    new = copy.copy(found)
+    for name, value in vars(found).items():
+        if isinstance(value, torch.Tensor | dict) or name.endswith("_cache"):
+            vars(new)[name] = function(value)
     return new

@@ -6,9 +6,7 @@ vocabulary here: inside the model a wrong one is an index error without a name, 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,8 @@ from nnsight import InputError
 from nnsight.protocols import Inputs
 from nnsight_hf.embeddings import embeddings_of, input_device
 from nnsight_hf.errors import MissingTokenizerError
-from nnsight_hf.joining import PER_TOKEN, Prompt, has_left_padding, positions
+from nnsight_hf.joining import PER_TOKEN, Prompt
+from nnsight_hf.padding import Padding, has_left_padding, pad_id, padding_of, positions
 
 _FORMS = (
     "Give a string or a list of strings; token ids as a list, a list of lists or an integer tensor of shape (T,) or "
@@ -52,43 +51,25 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
     value, rest = _single_input(args, dict(kwargs))
     if value is None and not any(rest.get(name) is not None for name in _SOURCES):
         return Inputs((), rest, None)
-    encoding = _encode(value, tokenizer, module) if value is not None else {}
+    padding = padding_of(module, tokenizer, method)
+    encoding = _encode(value, tokenizer, module, padding) if value is not None else {}
     _refuse_twice(encoding, rest)
     call = {**encoding, **rest}
     embeddings = embeddings_of(module)
     is_plain = call.get("attention_mask") is None and call.get("input_ids") is not None
     if call.get("input_ids") is not None:
-        rows = _finish_ids(call, module, embeddings, tokenizer)
+        rows = _finish_ids(call, module, embeddings, tokenizer, padding)
     else:
         rows = _check_embeds(call["inputs_embeds"])
     is_padded = not (is_plain and rows == 1) and has_left_padding(call.get("attention_mask"))
-    counts_positions = (
-        method != "generate" and call.get("position_ids") is None and _takes_positions(type(module).forward)
-    )
+    counts_positions = padding.takes_positions and call.get("position_ids") is None
     if counts_positions and is_padded:
         width = next(call[name] for name in _SOURCES if call.get(name) is not None).shape[1]
         call["position_ids"] = positions(call["attention_mask"])[:, -width:]  # a mask may cover a cache as well
     device = input_device(module, embeddings)
     if device is not None:
         call = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in call.items()}
-    return Prompt((), call, rows, counts_positions, is_padded)
-
-
-def pad(rows: Sequence[Sequence[int]], side: str, value: int) -> torch.Tensor:
-    """Return rows of ids as one tensor.
-
-    Args:
-        rows: B lists, each with at least one id.
-        side: "left" or "right", where shorter rows are filled up.
-        value: what with.
-
-    Returns:
-        (B, longest) int64.
-    """
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(row)) for row in rows]
-    joined = [[*f, *row] if side == "left" else [*row, *f] for f, row in zip(fill, rows, strict=True)]
-    return torch.tensor(joined, dtype=torch.long)
+    return Prompt((), call, rows, padding, counts_positions, is_padded)
 
 
 def _single_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -109,10 +90,10 @@ def _refuse_twice(encoding: dict[str, Any], kwargs: dict[str, Any]) -> None:
         raise InputError(f"The input was given twice, positionally and as `{given[0]}=`. Give one of them.")
 
 
-def _encode(value: Any, tokenizer: Any, module: nn.Module) -> dict[str, Any]:
+def _encode(value: Any, tokenizer: Any, module: nn.Module, padding: Padding) -> dict[str, Any]:
     """Return the positional input as keyword arguments."""
     if isinstance(value, str):
-        return _tokenize([value], tokenizer, module)
+        return _tokenize([value], tokenizer, module, padding)
     if isinstance(value, Mapping):
         return _encoding(value)
     if isinstance(value, torch.Tensor | np.ndarray):
@@ -122,12 +103,12 @@ def _encode(value: Any, tokenizer: Any, module: nn.Module) -> dict[str, Any]:
         if not items:
             raise InputError(f"The input is an empty {type(value).__name__}. {_FORMS}")
         if all(isinstance(item, str) for item in items):
-            return _tokenize(items, tokenizer, module)
+            return _tokenize(items, tokenizer, module, padding)
         if _is_chat(items):
-            return _tokenize([_render(items, tokenizer)], tokenizer, module, add_special_tokens=False)
+            return _tokenize([_render(items, tokenizer)], tokenizer, module, padding, add_special_tokens=False)
         if all(isinstance(item, Sequence) and _is_chat(list(item)) for item in items):
             texts = [_render(list(item), tokenizer) for item in items]
-            return _tokenize(texts, tokenizer, module, add_special_tokens=False)
+            return _tokenize(texts, tokenizer, module, padding, add_special_tokens=False)
         return {"input_ids": items}
     raise InputError(f"An input of type {type(value).__name__!r} cannot be used. {_FORMS}")
 
@@ -163,7 +144,7 @@ def _render(messages: list[Any], tokenizer: Any) -> str:
     return text
 
 
-def _tokenize(texts: list[str], tokenizer: Any, module: nn.Module, **options: Any) -> dict[str, Any]:
+def _tokenize(texts: list[str], tokenizer: Any, module: nn.Module, padding: Padding, **options: Any) -> dict[str, Any]:
     if tokenizer is None:
         raise MissingTokenizerError(_NO_TOKENIZER)
     encoding = tokenizer(texts, **options)
@@ -172,24 +153,16 @@ def _tokenize(texts: list[str], tokenizer: Any, module: nn.Module, **options: An
         if not row:
             where = f"Prompt {index} of {len(rows)}" if len(rows) > 1 else "The prompt"
             raise InputError(f"{where} is empty: {texts[index]!r} has no tokens. A model needs at least one.")
-    side = getattr(tokenizer, "padding_side", "left")
     fill = {"input_ids": pad_id(tokenizer, module), "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
-    return {name: pad(encoding[name], side, fill.get(name, 0)) for name in encoding}
+    taken = [name for name in encoding if padding.takes_mask or name != "attention_mask"]
+    return {name: padding.pad(encoding[name], fill.get(name, 0)) for name in taken}
 
 
-def pad_id(tokenizer: Any, module: nn.Module) -> int:
-    """Return what padding is filled with. It is masked, so any id will do where none is named."""
-    config = getattr(module, "config", None)
-    for owner, name in ((tokenizer, "pad_token_id"), (tokenizer, "eos_token_id"), (config, "pad_token_id")):
-        found = getattr(owner, name, None)
-        if isinstance(found, int):
-            return found
-    return 0
-
-
-def _finish_ids(call: dict[str, Any], module: nn.Module, embeddings: nn.Module | None, tokenizer: Any) -> int:
+def _finish_ids(
+    call: dict[str, Any], module: nn.Module, embeddings: nn.Module | None, tokenizer: Any, padding: Padding
+) -> int:
     """Bring `input_ids` and what goes with it into their final shape, in place; return the number of rows."""
-    ids, mask = _as_ids(call["input_ids"], tokenizer, module)
+    ids, mask = _as_ids(call["input_ids"], tokenizer, module, padding)
     for name in call.keys() & _BESIDE_IDS:
         value = call[name]
         if isinstance(value, list | np.ndarray):
@@ -201,7 +174,8 @@ def _finish_ids(call: dict[str, Any], module: nn.Module, embeddings: nn.Module |
     _check_ids(ids, embeddings)
     call["input_ids"] = ids
     if call.get("attention_mask") is None:
-        call["attention_mask"] = mask if mask is not None else torch.ones_like(ids)
+        if padding.takes_mask:
+            call["attention_mask"] = mask if mask is not None else torch.ones_like(ids)
     elif call["attention_mask"].ndim == 2 and call["attention_mask"].shape[0] != ids.shape[0]:
         raise InputError(
             f"attention_mask is of {call['attention_mask'].shape[0]} rows and input_ids of {ids.shape[0]}; both have "
@@ -211,7 +185,9 @@ def _finish_ids(call: dict[str, Any], module: nn.Module, embeddings: nn.Module |
     return rows
 
 
-def _as_ids(value: Any, tokenizer: Any, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _as_ids(
+    value: Any, tokenizer: Any, module: nn.Module, padding: Padding
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return ids as a tensor of one or two dimensions, and the mask of what had to be padded."""
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value) if value.dtype.kind in "iufb" else value.tolist()
@@ -228,8 +204,7 @@ def _as_ids(value: Any, tokenizer: Any, module: nn.Module) -> tuple[torch.Tensor
         raise InputError(f"A list given as input mixes token ids and lists of token ids. {_FORMS}")
     if not all(rows):
         raise InputError(f"Row {rows.index([])} of the token ids is empty. A model needs at least one.")
-    side = getattr(tokenizer, "padding_side", "left")
-    return pad(rows, side, pad_id(tokenizer, module)), pad([[1] * len(row) for row in rows], side, 0)
+    return padding.pad(rows, pad_id(tokenizer, module)), padding.pad([[1] * len(row) for row in rows], 0)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -271,8 +246,3 @@ def _check_embeds(embeds: Any) -> int:
         raise InputError(f"inputs_embeds are a floating point tensor of shape (B, T, C), and these are {found}.")
     rows: int = embeds.shape[0]
     return rows
-
-
-@lru_cache(maxsize=32)
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters

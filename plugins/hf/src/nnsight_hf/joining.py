@@ -10,6 +10,9 @@ import torch
 from torch.nn.functional import pad
 
 from nnsight.protocols import Inputs
+from nnsight_hf.padding import Padding, positions
+
+_LEFT = Padding()
 
 #: Keywords with one value per token, and what padding is filled with; `input_ids` with the padding token.
 PER_TOKEN = {
@@ -23,44 +26,38 @@ class Prompt(Inputs):
     """What one invoke feeds a language model.
 
     Attributes:
-        counts_positions: whether the model is told positions that count from each row's first token when the rows
-            are padded. `generate` does so by itself.
+        padding: how rows are padded for this call.
+        counts_positions: whether the call is given `position_ids` where rows are padded on the left.
         has_left_padding: whether its own mask leaves out the first token of any row.
     """
 
+    padding: Padding = _LEFT
     counts_positions: bool = False
     has_left_padding: bool = False
 
 
-def align(prompts: Sequence[Inputs], side: str, pad_id: int) -> list[Inputs]:
+def align(prompts: Sequence[Prompt], fill: int) -> list[Prompt]:
     """Return the prompts padded to the width of the widest, so that each row gives what it gives alone.
 
     Args:
         prompts: what each invoke feeds, as it would be run alone.
-        side: "left" or "right", where padding goes.
-        pad_id: the padding token.
+        fill: the padding token.
+
+    Raises:
+        BatchError: they are of different width, and the model cannot be padded.
     """
     ids = [prompt.kwargs.get("input_ids") for prompt in prompts]
     if len(prompts) < 2 or any(one is None for one in ids):
         return list(prompts)
     widths = {one.shape[1] for one in ids if one is not None}
-    padded = list(prompts)
+    padding, padded = prompts[0].padding, list(prompts)
     if len(widths) > 1:
-        padded = [_widen(prompt, max(widths), side, pad_id) for prompt in prompts]
-    is_padded = len(widths) > 1 and side == "left"
-    if not is_padded and not any(isinstance(one, Prompt) and one.has_left_padding for one in prompts):
+        padding.check()
+        padded = [_widen(prompt, max(widths), padding.side, fill) for prompt in prompts]
+    is_padded = len(widths) > 1 and padding.side == "left"
+    if not is_padded and not any(prompt.has_left_padding for prompt in prompts):
         return padded
     return [_with_positions(one) for one in padded]
-
-
-def has_left_padding(mask: Any) -> bool:
-    """Whether a mask, (B, T), leaves out the first token of any row."""
-    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return the position of each token, counted from its row's first one: (B, T) int64, 0 for padding."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def rows_of(size: int, total: int, start: int, count: int, factors: Collection[int]) -> slice | None:
@@ -91,17 +88,17 @@ def copies_per_prompt(kwargs: dict[str, Any], default: Any) -> set[int]:
     return {1, *map(int, given)}
 
 
-def _widen(prompt: Inputs, width: int, side: str, pad_id: int) -> Inputs:
+def _widen(prompt: Prompt, width: int, side: str, fill: int) -> Prompt:
     own = prompt.kwargs["input_ids"].shape[1]
     missing = (width - own, 0) if side == "left" else (0, width - own)
     kwargs = dict(prompt.kwargs)
     for name, value in kwargs.items():
         if name in PER_TOKEN and isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == own:
-            kwargs[name] = pad(value, missing, value=pad_id if name == "input_ids" else PER_TOKEN[name])
+            kwargs[name] = pad(value, missing, value=fill if name == "input_ids" else PER_TOKEN[name])
     return replace(prompt, kwargs=kwargs)
 
 
-def _with_positions(prompt: Inputs) -> Inputs:
-    if not isinstance(prompt, Prompt) or not prompt.counts_positions:
+def _with_positions(prompt: Prompt) -> Prompt:
+    if not prompt.counts_positions:
         return prompt
     return replace(prompt, kwargs={**prompt.kwargs, "position_ids": positions(prompt.kwargs["attention_mask"])})

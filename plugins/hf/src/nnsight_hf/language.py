@@ -18,9 +18,10 @@ from nnsight.protocols import Inputs
 from nnsight_hf import caches
 from nnsight_hf.errors import LoadError, MissingTokenizerError
 from nnsight_hf.generation import Generator, StepStreamer, can_stream
-from nnsight_hf.inputs import pad_id, prepare
-from nnsight_hf.joining import align, copies_per_prompt, rows_of
+from nnsight_hf.inputs import prepare
+from nnsight_hf.joining import Prompt, align, copies_per_prompt, rows_of
 from nnsight_hf.loading import Checkpoint, check_device_map, locate, parse_dtype, read_tokenizer
+from nnsight_hf.padding import default_side, pad_id
 from nnsight_hf.standard import StandardNames, names_of, sizes_of
 
 # One model at a time: two threads may open the first trace of one model, and loading needs the memory twice anyway.
@@ -34,7 +35,8 @@ class LanguageModel(NNsight):
         model: the name of a repository on the Hugging Face hub, a local folder, a GGUF file, or a loaded model.
         config: a configuration to use instead of the model's own, or where to find one.
         tokenizer: a tokenizer to use instead of the model's own, or where to find one. A loaded model has none.
-        tokenizer_kwargs: for `AutoTokenizer.from_pretrained`; padding is on the left unless this says otherwise.
+        tokenizer_kwargs: for `AutoTokenizer.from_pretrained`; decoders are padded on the left unless this says
+            otherwise, and on the left in any case when they generate; encoders on the right.
         device_map: where the weights go: "auto", a device, or a dict from names of modules to devices.
         dispatch: load the weights now instead of at the first run.
         dtype: what the weights are cast to: a dtype, its name, or "auto" (also None) for what they were saved as.
@@ -217,8 +219,10 @@ class LanguageModel(NNsight):
         Raises:
             BatchError: they cannot be joined.
         """
-        side = getattr(self.tokenizer, "padding_side", "left")
-        return super().join(align(inputs, side, pad_id(self.tokenizer, self._module)))
+        prompts = [one for one in inputs if isinstance(one, Prompt)]
+        if len(prompts) < len(inputs):  # a subclass prepares in its own way
+            return super().join(inputs)
+        return super().join(align(prompts, pad_id(self.tokenizer, self._module)))
 
     def rows(self, tensor: torch.Tensor, batch: Any) -> slice | None:
         """Return which rows of a tensor are an invoke's: a prompt may have one each, or one per beam or token.
@@ -264,6 +268,7 @@ class LanguageModel(NNsight):
 
     def _find_tokenizer(self, given: Any, options: dict[str, Any]) -> Any:
         """Return the tokenizer that was given, or that is where was said, or that comes with the model, or None."""
+        options = {"padding_side": default_side(self._module), **options}
         if isinstance(given, str | os.PathLike):
             source, gguf_file = locate(given, None)
             return read_tokenizer(source, gguf_file, options)
