@@ -64,6 +64,7 @@ def make(model):
 
 
 words = [
+    "decimal", "path", "given", "alias",
     "list", "dict", "shared", "tensor", "array", "function", "class", "instance", "namespace", "float32", "model.0",
     "with _:\n  pass\n", "def f(): pass\n", "class C: pass\n", "lambda: 0", "x = 1\n",
 ]  # fmt: skip

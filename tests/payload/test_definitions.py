@@ -180,6 +180,27 @@ class Pair(typing.NamedTuple):
         return self.left + self.right
 
 
+Item = typing.TypeVar("Item")
+Items = list[int] | None
+
+
+class Box(typing.Generic[Item]):
+    kept: Items = None
+
+    def __init__(self, value: Item) -> None:
+        self.value = value
+
+
+class Filled(Box[torch.Tensor]):
+    def total(self):
+        return self.value.sum()
+
+
+class Flag(enum.Flag):
+    UP = 1
+    DOWN = 2
+
+
 REGISTRY: dict[str, type] = {}
 
 
@@ -395,6 +416,20 @@ def test_dataclasses_enums_and_named_tuples(send):
     assert config.total() == 12 and config == type(config)(2, [1, 2])
     assert colour.other() is kind.RED and colour == 2
     assert pair.both() == 4 and type(pair)(2, 2).both() == 4
+
+
+def test_generic_classes_and_aliases_of_types(send):
+    box, filled, items, wanted = send(Box(3), Filled(torch.ones(2)), Items, typing.Callable[[int], str | None])
+    assert box.value == 3 and filled.total() == 2
+    assert isinstance(filled, type(box)) and type(box)[int](4).value == 4
+    assert items == Items and wanted == typing.Callable[[int], str | None]
+    for alias in (dict[str, list[int]], typing.Literal["a", 1], tuple[int, ...], typing.Optional[int]):  # noqa: UP045
+        assert send(alias) == alias
+
+
+def test_class_that_is_called_as_its_base(send):
+    flag, both = send(Flag, Flag.UP | Flag.DOWN)
+    assert both == flag.UP | flag.DOWN and both.value == 3
 
 
 def test_what_runs_while_a_class_is_made_is_there(send):

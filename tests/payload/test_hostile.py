@@ -374,7 +374,10 @@ def test_what_is_said_in_a_header_is_checked(model, change, what):
         ["instance", ["import", "io", "StringIO"], {}, None], ["named", ["import", "builtins", "tuple"], 1],
         ["member", ["import", "re", "RegexFlag"], "NONE", None], ["member", ["import", "builtins", "int"], "a", 1],
         ["partial", 3, ["tuple"], ["dict"]], ["attribute", 3, "nothing"], ["cached", 3, 4, False],
-        ["pattern", "(", 0], ["deque", "a"], ["defaultdict", 3], ["logger", 3],
+        ["pattern", "(", 0], ["deque", "a"], ["defaultdict", 3], ["logger", 3], ["date", "x"], ["datetime", 3],
+        ["timedelta", 10**20], ["timedelta", "1"], ["decimal", "x"], ["decimal"], ["fraction", 1, 0],
+        ["fraction", "1e999999999"], ["uuid", "x"], ["uuid", 3], ["path", 3], ["path", ["list"]], ["itemgetter"],
+        ["attrgetter", 3], ["numpy_dtype", "O"], ["finfo", "load"], ["finfo", "int8"], ["iinfo", "float32"],
     ],
     ids=json.dumps,
 )  # fmt: skip

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime as dt
+import decimal
 import enum
+import fractions
 import functools
 import io
 import logging
 import math
+import operator
+import pathlib
 import re
 import threading
 import types
+import uuid
 
 import numpy as np
 import pytest
@@ -90,7 +96,10 @@ SAME = [
     collections.Counter("aab"), collections.deque([1, 2], 3), collections.defaultdict(list, {"a": [1]}),
     types.SimpleNamespace(a=1, b=[2]), torch.float16, torch.device("cpu"), torch.Size([2, 3]), torch.strided,
     torch.channels_last, re.compile("a+", re.I), np.float32(0.5), np.int64(7), np.datetime64("2020-01-02"),
-    np.float64(np.inf),
+    np.float64(np.inf), np.dtype("int16"), dt.date(2020, 1, 2), dt.datetime(2020, 1, 2, 3, 4, 5, 6),
+    dt.datetime(2020, 1, 2, tzinfo=dt.UTC), dt.time(1, 2), dt.timedelta(2, 3, 4),
+    decimal.Decimal("1.50"), fractions.Fraction(1, 3), uuid.UUID(int=3), pathlib.Path("a/b"), torch.finfo(torch.half),
+    torch.iinfo(torch.int8),
 ]  # fmt: skip
 
 
@@ -100,6 +109,11 @@ def test_value_arrives_as_it_was(send, value):
     assert type(arrived) is type(value)
     assert arrived == value
     assert repr(arrived) == repr(value)
+
+
+def test_what_operator_makes_arrives(send):
+    first, shape, many = send(operator.itemgetter(0), operator.attrgetter("shape"), operator.itemgetter("a", 1))
+    assert first([3, 4]) == 3 and shape(torch.ones(2)) == (2,) and many({"a": 1, 1: 2}) == (1, 2)
 
 
 def test_not_a_number_arrives(send):
@@ -135,6 +149,26 @@ def test_dataclasses_and_other_instances(send):
         frozen.first = 2
     assert (plain.value, plain.hidden()) == (3, 6)
     assert (slotted.value, slotted.own()) == (4, 5)
+
+
+class Watched:
+    calls = 0
+
+    @property
+    def value(self):
+        return vars(self)["value"]
+
+    @value.setter
+    def value(self, value):
+        vars(self)["value"] = value
+        Watched.calls += 1
+
+
+def test_setter_of_an_attribute_is_not_called(send):
+    made = Watched()
+    made.value = 3
+    arrived = send(made)
+    assert (arrived.value, type(arrived).calls) == (3, 1)
 
 
 def test_instances_may_refer_to_themselves(send):
@@ -362,6 +396,11 @@ class Guarded:
         self.lock = threading.Lock()
 
 
+class Zone(dt.tzinfo):
+    def utcoffset(self, moment):
+        return None
+
+
 class Closing:
     def __del__(self):
         pass
@@ -385,6 +424,9 @@ class Closing:
         (torch.empty(2, device="meta"), "on meta"),
         (np.array([object()]), "numpy.ndarray, of object"),
         (np.ma.masked_array([1]), r"MaskedArray"),
+        (np.vectorize(lambda value: value), r"numpy\.vectorize"),
+        (operator.itemgetter(slice(1)), r"operator\.itemgetter"),
+        (dt.datetime(2020, 1, 2, tzinfo=Zone()), r"datetime\.datetime"),
     ],
     ids=lambda value: type(value).__name__,
 )

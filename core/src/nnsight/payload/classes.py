@@ -107,6 +107,7 @@ def class_source(kind: type) -> ClassSource:
     """
     own = [f for f in functions_of(kind) if f.__code__.co_qualname.startswith(f"{kind.__qualname__}.")]
     own = [function for function in own if not function.__code__.co_filename.startswith("<")]
+    own = [function for function in own if not library.is_within(function)]  # a base class has put it there
     is_changed = False
     for filename in _files(kind, own):
         lines = source_lines(filename, _globals_of(kind))

@@ -52,7 +52,7 @@ def is_takeable(value: Any) -> bool:
             object.__reduce_ex__(value, 2)  # which knows whether there is anything in it that only C code sees
         except TypeError:
             return False
-    return True
+    return not any(name.startswith("__") and name.endswith("__") for name, _ in attributes(value))
 
 
 def attributes(value: Any) -> Iterable[tuple[str, Any]]:
@@ -66,6 +66,21 @@ def attributes(value: Any) -> Iterable[tuple[str, Any]]:
             stored = f"_{kind.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
             if name not in ("__dict__", "__weakref__") and hasattr(value, stored):
                 yield stored, getattr(value, stored)
+
+
+def put_attribute(value: Any, name: str, item: Any) -> None:
+    """Give an instance an attribute that it has itself. Nothing that its class defines is called.
+
+    Raises:
+        AttributeError: it can have none of this name.
+    """
+    slot = next((kind.__dict__[name] for kind in type(value).__mro__ if name in kind.__dict__), None)
+    if isinstance(slot, types.MemberDescriptorType):
+        slot.__set__(value, item)
+    elif hasattr(value, "__dict__"):
+        vars(value)[name] = item  # `object.__setattr__` would call the setter of a property
+    else:
+        raise AttributeError(f"it can have no attribute {name!r}")
 
 
 _IS_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from nnsight.errors import UnsendableError
 from nnsight.kernel.envoy import Envoy
 from nnsight.payload import library
 from nnsight.payload.instances import attributes, is_named, is_scalar, is_takeable, kind_name
+from nnsight.payload.known import known_data
 from nnsight.payload.tensors import TensorTable, is_array
 
 if TYPE_CHECKING:
@@ -190,6 +192,8 @@ class Packer:
             data += ["slice", self.pack(value.start), self.pack(value.stop), self.pack(value.step)]
         elif kind is bytearray:
             data += ["bytearray", base64.b64encode(value).decode()]
+        elif (known := known_data(value)) is not None:
+            data += known
         elif isinstance(value, Envoy):
             data += ["envoy", self._path_of(value)]
         elif self.descriptions is not None and (found := library.reference(value)) is not None:
@@ -235,6 +239,10 @@ class Packer:
             data += ["logger", value.name]
         elif isinstance(value, functools.partial):
             data += ["partial", self.pack(value.func), self.pack(value.args), self.pack(value.keywords)]
+        elif kind is typing.TypeVar:
+            data += ["typevar", value.__name__]
+        elif typing.get_origin(value) is not None:
+            data += ["alias", *_alias(self, value)]
         elif isinstance(value, _PARTS):
             data += ["attribute", self.pack(value.__objclass__), value.__name__]
         else:
@@ -334,6 +342,17 @@ class Packer:
         return RefusedError(
             f"it is a {kind_name(type(value))}. {_RESULTS_REMEDY if self.descriptions is None else _REMEDY}"
         )
+
+
+def _alias(packer: Packer, value: Any) -> list[Any]:
+    """Return the data of a type with arguments, such as `list[int]` or `int | None`: what it is of, and those."""
+    origin: Any = typing.get_origin(value)
+    if type(value).__module__ == "typing":  # its own name for what it is of, where it has one: `typing.Callable`
+        origin = getattr(typing, getattr(value, "_name", None) or "", origin)
+    if origin is typing.Optional:
+        origin = typing.Union
+    arguments = [None if kind is type(None) else kind for kind in typing.get_args(value)]
+    return [packer.pack(None if origin is types.UnionType else origin), *map(packer.pack, arguments)]
 
 
 _PARTS = (types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType)

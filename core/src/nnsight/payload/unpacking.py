@@ -12,8 +12,10 @@ import collections
 import functools
 import importlib
 import logging
+import operator
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from enum import Enum
 from types import SimpleNamespace
@@ -24,7 +26,8 @@ import torch
 from nnsight.errors import PayloadError
 from nnsight.kernel.envoy import Envoy
 from nnsight.payload import library
-from nnsight.payload.instances import can_take, is_named
+from nnsight.payload.instances import can_take, is_named, put_attribute
+from nnsight.payload.known import KINDS, known_value
 from nnsight.payload.views import Views
 
 if TYPE_CHECKING:
@@ -147,7 +150,7 @@ class Unpacker:
             for name, item in fields.items():
                 if name.startswith("__") and name.endswith("__"):
                     raise ValueError(f"it has an attribute {name!r}")
-                object.__setattr__(new, name, self.value(item))
+                put_attribute(new, name, self.value(item))
         except BaseException:
             if number is not None:
                 del self._made[number]
@@ -222,6 +225,13 @@ class Unpacker:
                 return functools.lru_cache(maxsize, typed)(self.value(function))
             case ["logger", str(name)]:
                 return logging.getLogger(name)
+            case ["typevar", str(name)]:
+                return typing.TypeVar(name)
+            case ["alias", None, *kinds]:
+                return functools.reduce(operator.or_, self.items(kinds))
+            case ["alias", origin, *arguments]:
+                found = self.items(arguments)
+                return self.value(origin)[found[0] if len(found) == 1 else tuple(found)]
         raise ValueError("it is malformed")
 
     def _member(self, data: list[Any]) -> Any:
@@ -283,7 +293,7 @@ def _default(unpacker: Unpacker, data: list[Any]) -> Any:
 
 #: What comes of data that is not as it should be.
 _MALFORMED = (
-    ValueError, TypeError, LookupError, OverflowError, RuntimeError, AttributeError, MemoryError, re.error,
+    ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError, re.error,
 )  # fmt: skip
 _PLAIN = (type(None), bool, int, float, str)
 _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
@@ -308,6 +318,7 @@ _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "tensor": lambda unpacker, data: unpacker._views.get(data[1]),
     "array": lambda unpacker, data: unpacker._views.get(data[1]),
     "scalar": lambda unpacker, data: unpacker._views.get(data[1])[()],
+    **dict.fromkeys(KINDS, lambda unpacker, data: known_value(data)),
     "given": lambda unpacker, data: unpacker._given(data[1]),
     "envoy": lambda unpacker, data: unpacker._envoy(data[1]),
     "submodule": lambda unpacker, data: unpacker._in_tree(unpacker._submodule, data[1]),
@@ -325,4 +336,6 @@ _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "cached": lambda unpacker, data: unpacker._called(data),
     "pattern": lambda unpacker, data: re.compile(data[1], data[2]),
     "logger": lambda unpacker, data: unpacker._called(data),
+    "typevar": lambda unpacker, data: unpacker._called(data),
+    "alias": lambda unpacker, data: unpacker._called(data),
 }
