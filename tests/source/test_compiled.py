@@ -8,6 +8,8 @@ from torch import nn
 
 from nnsight import NNsight
 
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower")  # Python 3.13.0
+
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
 

@@ -6,7 +6,6 @@ weakly, so a model is freed without the cyclic collector.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from sys import _getframe
@@ -290,7 +289,7 @@ class Envoy:
         module = values.get("_module")
         if module is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        own = inspect.getattr_static(type(self), name, None)
+        own = getattr(type(self), name, None)
         if isinstance(own, property) and own.fget is not None:
             return own.fget(self)  # the getter failed with an AttributeError: let it say so itself
         child = module._modules.get(name)
