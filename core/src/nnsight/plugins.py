@@ -65,13 +65,20 @@ def lookup(group: str, name: str) -> Any | None:
         return None
 
 
-def open_remote(*args: Any) -> Any:
-    """Open a trace on a transport, by the function `open_remote` that a plugin exports.
+def open_remote(
+    envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], remote: Any, backend: Any,
+    function: Any = None, batched: bool = True,
+) -> Any:  # fmt: skip
+    """Open a trace on a backend; where there is none, by the function `open_remote` that a plugin exports.
 
     Raises:
         MissingPluginError: nnsight-ndif is not installed.
     """
-    return resolve("nnsight.exports", "open_remote")(*args)
+    from nnsight.protocols import Backend  # lazy: typing would double the time that `import nnsight` takes
+
+    if isinstance(backend, Backend):
+        return backend.open_block(envoy, method, args, kwargs, function, batched)
+    return resolve("nnsight.exports", "open_remote")(envoy, method, args, kwargs, remote, backend, function, batched)
 
 
 def exported(name: str) -> Any:

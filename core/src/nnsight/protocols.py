@@ -65,6 +65,25 @@ class Standing(Protocol):
         """Put it in place for what stands in for the run, and add what takes it away to its `closing`."""
 
 
+@runtime_checkable
+class Backend(Protocol):
+    """A place where blocks run: `model.trace(x, backend=mine)`."""
+
+    def open_block(
+        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], function: Any, batched: bool
+    ) -> Any:
+        """Return what is to be entered by the `with`: most often a `Capture`, which is given the block.
+
+        Args:
+            envoy: what is traced.
+            method: the method that was called: "trace", "generate", "session", ...
+            args: the user's arguments.
+            kwargs: the user's keyword arguments.
+            function: what runs the model, where it is not the module itself; a method's name, or a function.
+            batched: whether invokes are one batch.
+        """
+
+
 class Deferred:
     """A value that several blocks bring together, known when all have been served."""
 

@@ -41,13 +41,9 @@ def open_remote(
         NotInRunnerError: it cannot do what was asked.
     """
     if backend is None and remote == "local":
-        backend = Local()
-    if not isinstance(backend, Local):
-        what = f"remote={remote!r}" if backend is None else f"backend={backend!r}"
-        raise InputError(f"There is no place {what} here yet: `remote='local'` runs a block in a process of its own.")
-    if method == "trace" and function is not None:
-        raise NotInRunnerError("`trace(fn=...)` cannot be combined with remote: the function would stay here.")
-    return LocalRun(envoy, method, args, kwargs, batched, backend.limits)
+        return Local().open_block(envoy, method, args, kwargs, function, batched)
+    what = f"remote={remote!r}" if backend is None else f"backend={backend!r}"
+    raise InputError(f"There is no place {what} here yet: `remote='local'` runs a block in a process of its own.")
 
 
 class Local:
@@ -59,6 +55,18 @@ class Local:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
+
+    def open_block(
+        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], function: Any, batched: bool
+    ) -> LocalRun:
+        """Return what captures a block and runs it there.
+
+        Raises:
+            NotInRunnerError: the block is to drive the model with a function of the caller's.
+        """
+        if method == "trace" and function is not None:
+            raise NotInRunnerError("`trace(fn=...)` cannot be combined with remote: the function would stay here.")
+        return LocalRun(envoy, method, args, kwargs, batched, self.limits)
 
 
 class LocalRun(Capture):
