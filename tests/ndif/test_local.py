@@ -179,9 +179,6 @@ def test_model_is_freed_without_the_collector():
 
 
 def test_what_a_runner_cannot_do_is_an_error(net, x):
-    with pytest.raises(NotImplementedError, match=r"\.source"):
-        with net.trace(x, remote="local"):
-            net.source
     with pytest.raises(NotImplementedError, match="fn="):
         net.trace(x, remote="local", fn=print)
 

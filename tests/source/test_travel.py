@@ -1,4 +1,4 @@
-"""Blocks that use a source travel: edits in files, and what is said where there is no forward to look into."""
+"""Blocks that use a source travel: edits in files, and blocks that run in another process."""
 
 from __future__ import annotations
 
@@ -93,16 +93,17 @@ def test_an_edit_with_a_source_from_outside_is_written_and_read(name, tmp_path):
     assert not torch.equal(result, Net()(X))
 
 
-@pytest.mark.parametrize("name", ["source", "call"])
-def test_a_runner_without_forwards_says_so(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_runner_is_given_a_source_from_outside(name):
     model = NNsight(Net())
-    held = sources(model)[name]
-    for block in (lambda: model.part.source.torch_tanh_0.output, lambda: operation_of(name, held).output):
-        with pytest.raises(
-            (NotImplementedError, ValueError), match=r"`model.part.source` looks into a module's forward"
-        ):
-            with model.trace(X, remote="local"):
-                block().save()
+    held, pick = sources(model)[name], functools.partial(operation_of, name)
     with model.trace(X) as tracer:
-        result = tracer.result
-    assert torch.equal(result, Net()(X))
+        value = pick(held).output
+        pick(held).output = value + 1
+        expected = tracer.result
+    with model.trace(X, remote="local") as tracer:
+        seen = pick(held).output.save()
+        pick(held).output = seen + 1
+        result = tracer.result.save()
+    assert torch.equal(seen, value) and torch.equal(result, expected)
+    assert not torch.equal(result, Net()(X))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -120,6 +120,32 @@ class Helped(Protocol):
     """
 
     helpers: Mapping[str, frozenset[str]]
+
+
+class Elsewhere(Protocol):
+    """A name on envoys (entry-point group `nnsight.envoy`) that a block has in a process without the model, too.
+
+    At the model's end `described` makes plain data of what it means, and `enter` is called when the block asks for a
+    location that it has numbered; `made` makes of the data what the block gets.
+    """
+
+    def described(self, envoy: Any, steps: list[str], how: str) -> tuple[Any, dict[str, Any]] | None:
+        """Return what `enter` is given, and the data: `first` and `size` say which locations of the tree it has."""
+
+    def enter(self, described: Any, offset: int) -> None:
+        """Let the run of the open block reach one of these locations."""
+
+    def made(
+        self, find: Callable[[str], Any], path: str, ask: Callable[..., Any], placed: Callable[[int, int, int], None]
+    ) -> Any:
+        """Return what the block gets at a module.
+
+        Args:
+            find: returns the envoy at a path.
+            path: the module's.
+            ask: returns the data that `described` gives at the model's end for path, steps and how.
+            placed: is to be told the first number of locations there, how many they are, and their first number here.
+        """
 
 
 class PerCode(Generic[T]):

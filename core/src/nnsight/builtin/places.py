@@ -14,6 +14,7 @@ from nnsight.kernel.location import Explain, Location
 
 if TYPE_CHECKING:
     from nnsight.kernel.envoy import Envoy
+    from nnsight.kernel.location import Tree
     from nnsight.kernel.mediator import Mediator
 
 
@@ -61,15 +62,20 @@ class Places:
             WrongThreadError: one is, but in another thread.
         """
         mediator, around = self._envoy._seat(port)
-        if mediator.tree is not self._envoy._tree:
-            return mediator, self._reserve(mediator, around), around
-        if self._first < 0:
-            self._first = self._reserve(mediator, around)
-        return mediator, self._first, around
-
-    def _reserve(self, mediator: Mediator, around: int) -> int:
         tree = mediator.tree
-        assert tree is not None
+        if tree is not self._envoy._tree:
+            assert tree is not None
+            return mediator, self._reserve(tree, around), around
+        return mediator, self.first, around
+
+    @property
+    def first(self) -> int:
+        """The number of the first location in the envoy's own tree."""
+        if self._first < 0:
+            self._first = self._reserve(self._envoy._tree, self._envoy._number)
+        return self._first
+
+    def _reserve(self, tree: Tree, around: int) -> int:
         path = tree[around].path
 
         def locations() -> list[Location]:

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     WARN = 12
     DONE = 13  # the job is over: what was saved
     RAISED = 14  # the job is over: an exception
+    SOURCE = 16  # tell of a function inside a module's forward
     HELP = 15  # call a method of what stands beside the model, a tokenizer
 
     JOB = 32  # the first frame: what to run

@@ -213,6 +213,8 @@ class Held:
         found = pack_simple(value, self.pack)
         if found is not NotImplemented:
             return found
+        if isinstance(value, torch.nn.Module) and "_at" in vars(value):
+            return Special("module", vars(value)["_at"])  # the stand-in of one of the model's
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return Special("named", [self.pack(item) for item in value])
         number, kind = self._numbers.get(id(value)), type(value)

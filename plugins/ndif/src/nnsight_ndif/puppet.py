@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from nnsight import Envoy, Interleaver, NNsight, current_run, payload, traceable
-from nnsight.protocols import Inputs
+from nnsight import Envoy, Interleaver, NNsight, current_run, payload, plugins, traceable
+from nnsight.protocols import Elsewhere, Inputs
 from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held, contents
@@ -67,6 +67,15 @@ class Link:
             if was_enabled:
                 gc.enable()
 
+    def look_inside(self, path: str, steps: list[str], how: str) -> Any:
+        """Return what the model's process tells of a function inside a forward."""
+        return self.ask(Kind.SOURCE, [path, steps, how])[1]
+
+    def place(self, theirs: int, size: int, ours: int) -> None:
+        """Learn the numbers of locations, there and here."""
+        for number in range(size):
+            self.theirs[ours + number], self.ours[theirs + number] = theirs + number, ours + number
+
     def _pull(self, key: int, gradient: torch.Tensor) -> list[torch.Tensor | None]:
         with torch.no_grad():
             found: list[torch.Tensor | None] = self.ask(Kind.BACKWARD, [key, gradient])[1]
@@ -83,26 +92,27 @@ class Link:
         run.closing = [*run.closing, partial(self._close, progress)]
         while answer is Kind.VISIT:
             their_number, counts, value = content
-            number = self._visit(run, their_number, counts)
+            self._count(run, counts)
+            number = self.ours[their_number]
             if their_number == self.result:
                 run.counts[number] -= 1  # it counts its result itself
                 progress[0] = True
                 return value
             answer, content = self.ask(Kind.GO, self._pass(run, number, value))
         progress[0] = True
+        self._count(run, content)
         return None
 
     def _close(self, progress: list[bool]) -> None:
         self.ask(Kind.CLOSE, progress[0])
 
-    def _visit(self, run: Interleaver, their_number: int, counts: bytes) -> int:
-        """Let the counts of the run say what they say there; return the number of the location here."""
+    def _count(self, run: Interleaver, counts: bytes) -> None:
+        """Let the counts of the run say what they say there."""
         for theirs, count in enumerate(array.array("i", counts)):
             ours = self.ours.get(theirs)
             if ours is not None:
                 run.count(ours)
                 run.counts[ours] = count
-        return self.ours[their_number]
 
     def _pass(self, run: Interleaver, number: int, value: Any) -> list[Any]:
         """Visit a location, and return what has become of its value."""
@@ -234,10 +244,9 @@ class StandInEnvoy(Envoy):
 
     @property
     def source(self) -> Any:
-        raise NotInRunnerError(
-            f"`{self._path}.source` looks into a module's forward, which a runner does not have. Read what goes in and "
-            "out of modules there, or run the block here, without `remote=`."
-        )
+        link: Link = self._module._link  # type: ignore[assignment]
+        provider: Elsewhere = plugins.resolve("nnsight.envoy", "source")
+        return provider.made(partial(payload.envoy_at, self.root), self._path, link.look_inside, link.place)
 
     @property
     def dtype(self) -> Any:

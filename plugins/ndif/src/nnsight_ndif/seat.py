@@ -20,6 +20,7 @@ from nnsight_ndif.asked import Asked, Reply
 from nnsight_ndif.channel import Kind
 from nnsight_ndif.errors import FrameError, RunnerError
 from nnsight_ndif.guard import Guard
+from nnsight_ndif.inside import Inside
 from nnsight_ndif.launch import Runner
 from nnsight_ndif.report import describe, rebuild
 from nnsight_ndif.served import describe_tree, merged, modes, moved, served
@@ -56,6 +57,7 @@ class Seat:
         self._incoming = runner.incoming
         self.shown = Shown(root, runner.incoming, runner.outgoing)
         self._guard = Guard(root, runner.channel.check_time)
+        self._inside = Inside(root)
         self._asked = Asked(root, self.shown, self._guard)
         self._prepared: list[Inputs] = []
         self._blocks: list[Mediator] = []
@@ -66,6 +68,7 @@ class Seat:
             Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
             Kind.GO: self._go, Kind.HOOKED: self._hooked, Kind.CALL: self._asked.call,
             Kind.ATTRIBUTE: self._asked.attribute, Kind.HELP: self._asked.help, Kind.BACKWARD: self._asked.backward,
+            Kind.SOURCE: self._source,
         }  # fmt: skip
 
     def serve(self, job: Any) -> Any:
@@ -212,6 +215,7 @@ class Seat:
                 block = tracer.current_block()
                 block.step = None
                 self._blocks.append(block)
+                self._inside.enter_all()
                 reply = self._attempt(Kind.GO, [], [wanted, [], []])
                 if reply[0] is Kind.FAILED:
                     raise _AbortedError
@@ -250,7 +254,7 @@ class Seat:
         number = block.wait({result: 0, **locations})
         counts = array.array("i", run.counts).tobytes()
         if number == result and result not in locations:
-            return Kind.OVER, self.shown.pack(None)
+            return Kind.OVER, self.shown.pack(counts)
         return Kind.VISIT, self.shown.pack([number, counts, run.value])
 
     def _replace(self, block: Mediator, number: int, value: Any, is_skipped: bool) -> None:
@@ -259,7 +263,8 @@ class Seat:
         if is_skipped:
             if location.port != "input":
                 raise FrameError("a module was skipped where it is not entered")
-            device = next((t.device for t in self._asked.module(location.path).parameters()), torch.device("cpu"))
+            path = location.path.partition(".source.")[0]
+            device = next((t.device for t in self._asked.module(path).parameters()), torch.device("cpu"))
             block.skip(number, moved(value, device))
         else:
             self._guard.has_written = True
@@ -273,10 +278,14 @@ class Seat:
         for entry in wanted:
             match entry:
                 case [int(number), int(occurrence)] if 0 <= number < len(block.tree) and 0 <= occurrence < 1 << 31:
+                    self._inside.enter(number)
                     found[number] = occurrence
                 case _:
                     raise FrameError("a message asks for a location that is not there")
         return found
+
+    def _source(self, request: Any) -> Reply:
+        return self._asked.value(self._inside.tell(request))
 
     def _hooked(self, request: Any) -> Reply:
         """Call a module within the run, so that other blocks are served there."""

@@ -35,6 +35,7 @@ class Shown:
         self._incoming = incoming
         self._outgoing = outgoing
         self._paths = {id(envoy._module): path for path, envoy in root.named_modules()}
+        self._modules = {path: envoy._module for path, envoy in root.named_modules()}
         self._tables = {id(tensor) for tensor in (*root._module.parameters(), *root._module.buffers())}
         self._values: dict[int, Any] = {}
         self._numbers: dict[int, int] = {}
@@ -207,6 +208,8 @@ class Shown:
                     return leaf.clone()  # the model may edit it in place, which a leaf does not allow
             case Special("same", int(number)):
                 return self._value(number)
+            case Special("module", str(path)) if path in self._modules:
+                return self._modules[path]
             case Special("named", list(items)):
                 return tuple([self.unpack(item) for item in items])  # `fit` gives it the names of what it replaces
             case Special("object", [int(number), items, dict(fields)]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nnsight_source.elsewhere import described, enter, made
 from nnsight_source.errors import SourceError as SourceError
 from nnsight_source.source import Group as Group
 from nnsight_source.source import Operation as Operation
@@ -18,10 +19,20 @@ if TYPE_CHECKING:
     from nnsight import Envoy
 
 
-def source(envoy: Envoy) -> Source:
-    """Return the operations inside an envoy's forward; what `envoy.source` is.
+class _Sources:
+    """What `envoy.source` is made by, also in a process without the model; see `nnsight.protocols.Elsewhere`."""
 
-    Raises:
-        SourceError: the forward has no Python source.
-    """
-    return source_of(envoy)
+    def __call__(self, envoy: Envoy) -> Source:
+        """Return the operations inside an envoy's forward.
+
+        Raises:
+            SourceError: the forward has no Python source.
+        """
+        return source_of(envoy)
+
+    described = staticmethod(described)
+    enter = staticmethod(enter)
+    made = staticmethod(made)
+
+
+source = _Sources()
