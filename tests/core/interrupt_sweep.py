@@ -84,6 +84,7 @@ def check(model, x, expected):
     assert not [name for name, module in model._module.named_modules() if "_compiled_call_impl" in vars(module)]
     assert sys.gettrace() is None
     assert "grad" not in torch.Tensor.__dict__
+    assert torch._C._current_graph_task_id() == -1
 
 
 def sweep(program, seconds):

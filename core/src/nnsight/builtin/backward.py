@@ -1,7 +1,7 @@
 """`with loss.backward():` reads and changes gradients while they flow.
 
-The block runs where it stands. The backward pass runs in a thread of its own: the first request starts it, each request
-runs it to where that gradient arrives, and leaving the block lets it finish. `t.grad` means the gradient in this pass
+The block runs where it stands. The backward pass has a stack of its own: the first request starts it, each request runs
+it to where that gradient arrives, and leaving the block lets it finish. `t.grad` means the gradient in this pass
 for any tensor but a parameter, whose `.grad` is the ordinary accumulated one, read once this pass has added to it.
 """
 

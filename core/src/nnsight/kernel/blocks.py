@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
-from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,9 +73,9 @@ OUTSIDE = (
 
 def open_block(frame: FrameType, mediator: Block) -> None:
     """Register a block whose body runs in `frame`."""
-    if open_blocks:
-        _abandon_dead(frame)
     blocks = open_blocks.get(frame)
+    if len(open_blocks) > (blocks is not None):
+        _abandon_dead(frame)
     if blocks is None:
         open_blocks[frame] = [mediator]
     else:
@@ -88,7 +87,11 @@ def open_block(frame: FrameType, mediator: Block) -> None:
 def _abandon_dead(frame: FrameType) -> None:
     """Close what an interrupt has left open between a body and its `__exit__`: blocks whose frame is gone."""
     ident = threading.get_ident()
-    alive = {above for above, _ in walk_stack(frame)}
+    alive: set[FrameType] = set()
+    above: FrameType | None = frame
+    while above is not None:
+        alive.add(above)
+        above = above.f_back
     for other, blocks in list(open_blocks.items()):
         code = other.f_code
         if other in alive or code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):
@@ -198,7 +201,7 @@ def require(tree: Tree, path: str, port: str) -> Mediator:
     raise OutsideTraceError(OUTSIDE.format(port=port, path=path))
 
 
-def wrong_thread(what: str, mediator: Mediator) -> WrongThreadError:
+def wrong_thread(what: str, mediator: Block) -> WrongThreadError:
     """Return the error for a request that came from a thread that is not the block's."""
     return WrongThreadError(
         f"{what} was requested from thread {threading.get_ident()}, but the open block {mediator.where} belongs to "

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from nnsight.builtin._gradients import interception, reasons
+from nnsight.builtin._gradients import carrying, interception, reasons
 from nnsight.builtin._gradients.lineage import Edge, edge_of, edges_of, is_reachable
 from nnsight.builtin._gradients.order import Order
 from nnsight.builtin._gradients.stand import Gradients, Stand
-from nnsight.builtin._gradients.thread import Worker, borrow
 from nnsight.errors import TracerStateError
 from nnsight.kernel import ambient
-from nnsight.kernel.blocks import close_block, line_at, open_block, open_here
+from nnsight.kernel.blocks import close_block, line_at, open_block, open_here, wrong_thread
 from nnsight.kernel.location import Tree
 from nnsight.kernel.sides import Unwind
 
@@ -100,31 +99,41 @@ class Backward:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        running, call = self._let_go()
+        running, call = self._pass, self._call
+        assert running is not None
+        failure = None
+        if error is None and not running.can_end_here():
+            failure = wrong_thread("The end of a backward pass", self)
         try:
-            if error is not None:
+            self._close()
+            if error is not None or failure is not None:
                 running.unwind()
             elif running.is_new:
                 call()
             else:
                 running.finish()
         finally:
-            running.close()
+            try:
+                running.close()
+            except KeyboardInterrupt:  # in ours: nothing must remain all the same
+                running.close()
+                raise
+        if failure is not None:
+            raise failure
 
     def abandon(self) -> None:
         """Take the pass down: nobody will leave the block any more."""
-        running, _ = self._let_go()
-        running.unwind()
-        running.close()
+        running = self._pass
+        self._close()
+        if running is not None:
+            running.close()
 
-    def _let_go(self) -> tuple[_Pass, Any]:
-        """Close the block; return its pass, and the call of backward."""
-        running, call = self._pass, self._call
-        assert running is not None and self._frame is not None
-        interception.end(self)
-        close_block(self._frame, self)
+    def _close(self) -> None:
+        """Be open no more."""
+        if self._frame is not None:
+            interception.end(self)
+            close_block(self._frame, self)
         self._frame = self._pass = self._loss = self._call = None
-        return running, call
 
     # -- requests, from `Tensor.grad` ----------------------------------------------------------------------------
 
@@ -178,10 +187,10 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
 
 
 class _Pass:
-    """A backward pass that stops where the block wants it to. What has an underscore runs in its own thread."""
+    """A backward pass that stops where the block wants it to. What has an underscore runs on its own stack."""
 
     stand: Stand | None = None
-    worker: Worker | None = None
+    worker: carrying.Carrier | None = None
     wanted: Wanted | None = None
     outcome = _NOWHERE
     error: BaseException | None = None
@@ -208,8 +217,8 @@ class _Pass:
             return self._after_the_end(wanted)
         self.wanted, self.outcome = wanted, _NOWHERE
         if worker is None:
-            self.worker = worker = borrow()
-            worker.start(self._run)
+            self.worker = worker = carrying.make(self.has_inputs)
+            worker.start(self._run, self.context, self.state)
         else:
             worker.resume()
         self.wanted = None
@@ -231,9 +240,11 @@ class _Pass:
             self.error = None
 
     def close(self) -> None:
-        """Refer to nothing any more, and give the thread back."""
-        worker, self.worker = self.worker, None
+        """Take the pass down if it still stands somewhere, give back what carries it, and refer to nothing any more."""
+        worker = self.worker
         if worker is not None:
+            worker.unwind()
+            self.worker = None
             worker.give_back()
         self.root = self.call = self.stand = self.wanted = self.error = None
 
@@ -252,15 +263,16 @@ class _Pass:
             return _FAILED
         return _PASSED if is_reachable(self.root, wanted.edges) else _NOT_IN_GRAPH
 
-    # -- in the pass's own thread ----------------------------------------------------------------------------------
+    def can_end_here(self) -> bool:
+        """Return whether the calling thread may let the pass go on."""
+        return self.worker is None or self.worker.can_end_here()
+
+    # -- on the pass's own stack -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        before = ambient.probe()
         handle = self.root.register_prehook(self._begin)
         try:
-            if self.state is not before:
-                ambient.restore(self.state, before)
-            self.context.run(self.call)
+            self.call()
         except Unwind:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again in the block
@@ -273,9 +285,6 @@ class _Pass:
             self.stand = None
             if self._order is not None:
                 self._order.close()
-            now = ambient.probe()
-            if now is not before:
-                ambient.restore(before, now)
 
     def _begin(self, gradients: Gradients) -> Gradients | None:
         """Stop before the first node runs, unless what is wanted first lies ahead."""

@@ -1,22 +1,23 @@
 """Threads that run a backward pass half-way.
 
-The autograd engine keeps its queue per thread: two passes parked on one thread would run each other's hooks. So each
-traced pass has a thread of its own, which hands over by locks, whatever runs in the thread that waits for it.
+The autograd engine keeps its queue per thread: two passes parked on one thread would run each other's hooks. In a
+thread of its own, which hands over by locks, a pass can stop whatever runs in the thread that waits for it.
 """
 
 from __future__ import annotations
 
 import operator
 import os
+import sys
 import threading
-from collections.abc import Callable
+from contextvars import Context
 from functools import cache
 
 import torch
 
-from nnsight.kernel.sides import Unwind
+from nnsight.kernel.ambient import State, probe, restore
+from nnsight.kernel.sides import Job, Unwind
 
-Job = Callable[[], None]
 _KEPT = 8
 _idle: list[Worker] = []
 
@@ -31,16 +32,16 @@ class Worker:
     __slots__ = ("_back", "_is_unwinding", "_job", "_turn", "is_running")
 
     def __init__(self) -> None:
-        self._job: Job | None = None
+        self._job: tuple[Job, Context, State] | None = None
         self._turn, self._back = threading.Lock(), threading.Lock()
         self._turn.acquire()
         self._back.acquire()
         self.is_running = self._is_unwinding = False
         threading.Thread(target=self._loop, name="nnsight-backward", daemon=True).start()
 
-    def start(self, job: Job) -> None:
-        """Run a job until it pauses or ends."""
-        self._job = job
+    def start(self, job: Job, context: Context, state: State) -> None:
+        """Run a job until it pauses or ends, with these contextvars and this ambient state."""
+        self._job = job, context, state
         self.is_running, self._is_unwinding = True, False
         self.resume()
 
@@ -66,12 +67,14 @@ class Worker:
 
     def unwind(self) -> None:
         """Raise `Unwind` where the job has paused, and let it end."""
-        if self.is_running:
+        if self.is_running and not sys.is_finalizing():  # no other thread runs any more when Python ends
             self._is_unwinding = True
             self.resume()
 
     def give_back(self) -> None:
         """Let the thread be used again, or end."""
+        if sys.is_finalizing():
+            return
         if self.is_running:  # an interrupt came while the job was taken down: it ends by itself, for nobody
             self._is_unwinding = True
             self._turn.release()
@@ -79,6 +82,10 @@ class Worker:
             _idle.append(self)
         else:
             self._turn.release()
+
+    def can_end_here(self) -> bool:
+        """Return True: any thread may resume the job."""
+        return True
 
     def _loop(self) -> None:
         torch._C._set_multithreading_enabled(False)
@@ -88,11 +95,23 @@ class Worker:
             if job is None:
                 return
             try:
-                job()
+                _work(*job)
             finally:
                 del job
                 self.is_running = False
                 self._back.release()
+
+
+def _work(job: Job, context: Context, state: State) -> None:
+    before = probe()
+    try:
+        if state is not before:
+            restore(state, before)
+        context.run(job)
+    finally:
+        now = probe()
+        if now is not before:
+            restore(before, now)
 
 
 def borrow() -> Worker:
