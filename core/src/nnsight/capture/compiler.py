@@ -95,7 +95,7 @@ class Block:
             names.loaded.add(first)
         self.unmovable = names.unmovable
         self.local = frozenset(variables(code))
-        bound = self._mangled(names.bound)
+        bound = self._mangled(names.bound | names.rebound)
         self.declared_global = frozenset(names.globals)
         if self.is_function:
             self.declared_global |= bound - self.local
@@ -105,7 +105,7 @@ class Block:
         self.names = (self.bound | self.loaded) - self.declared_global
         self.variables = self.names & self.local
         self.live = _shared_names(code, self, shared)
-        self._plain = {mangle(name, self.owner): name for name in names.bound | names.loaded}
+        self._plain = {mangle(name, self.owner): name for name in names.bound | names.rebound | names.loaded}
         #: Whether the body cannot be compiled just as it is written.
         self._is_rewritten = names.uses_super or names.has_annotations or item < len(node.items) - 1
         self.plans: dict[Any, Plan] = {}

@@ -14,7 +14,8 @@ class Names(ast.NodeVisitor):
     """The names of one scope, those of the scopes in it included where they mean this one's.
 
     Attributes:
-        bound: names that the scope binds.
+        bound: names that the scope binds itself.
+        rebound: names that functions inside bind for it, or for a scope around it, by `nonlocal`.
         loaded: names that it or a scope inside reads from it, or from outside.
         deleted: names that it deletes.
         globals: names declared global; `nonlocals`: names declared nonlocal.
@@ -25,6 +26,7 @@ class Names(ast.NodeVisitor):
 
     def __init__(self) -> None:
         self.bound: set[str] = set()
+        self.rebound: set[str] = set()
         self.loaded: set[str] = set()
         self.deleted: set[str] = set()
         self.globals: set[str] = set()
@@ -91,20 +93,22 @@ class Names(ast.NodeVisitor):
         self.scan([*node.decorator_list, *node.bases, *node.keywords])
         inner = Names().scan(node.body)
         self.loaded |= inner.loaded - inner.globals - {"__class__"}  # its methods mean the class itself
-        self.bound |= inner.nonlocals
+        self.rebound |= inner.nonlocals | inner.rebound
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
+        self.visit(node.generators[0].iter)  # computed outside
         inner = Names()
         targets: set[str] = set()
         for generator in node.generators:
             targets |= Names().scan([generator.target]).bound
-            inner.scan([generator.iter, *generator.ifs])
+            inner.scan([*([] if generator is node.generators[0] else [generator.iter]), *generator.ifs])
             if generator.is_async and not isinstance(node, ast.GeneratorExp):
                 self.unmovable.append(node)
         results = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         inner.scan(results)
         self.loaded |= inner.loaded - targets
         self.bound |= inner.bound  # a walrus binds outside
+        self.rebound |= inner.rebound
         self.unmovable += inner.unmovable
         self.uses_super |= inner.uses_super
 
@@ -113,7 +117,8 @@ class Names(ast.NodeVisitor):
     def _merge(self, inner: Names) -> None:
         own = inner.bound - inner.nonlocals - inner.globals
         self.loaded |= inner.loaded - own - inner.globals
-        self.bound |= inner.nonlocals
+        self.rebound |= inner.nonlocals | inner.rebound - own
+        self.deleted |= inner.deleted - own - inner.globals
 
     def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:

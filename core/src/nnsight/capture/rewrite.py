@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from nnsight.capture.names import Names, inner_names
@@ -11,9 +11,10 @@ from nnsight.capture.names import Names, inner_names
 #: The function that reads a name another block may bind; no program can use its name.
 LOAD = "@load"
 
-#: What binds all its names when it has run.
-_BINDING = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef,
-            ast.withitem, ast.expr)  # fmt: skip
+#: What binds its targets when it has run, and where those are.
+_BINDING = {
+    ast.Assign: "targets", ast.AnnAssign: "target", ast.AugAssign: "target", ast.withitem: "optional_vars",
+}  # fmt: skip
 
 
 def exposed(parts: Iterable[ast.AST | None], certain: frozenset[str] = frozenset()) -> set[str]:
@@ -45,10 +46,20 @@ def exposed(parts: Iterable[ast.AST | None], certain: frozenset[str] = frozenset
             found |= exposed(branch, certain)
         own = {part.name} if isinstance(part, ast.FunctionDef) and not part.decorator_list else set()
         found |= (names.loaded | names.deleted) - certain - own
-        if isinstance(part, _BINDING):
-            certain |= names.bound
-        certain -= names.deleted
+        certain = certain | _surely_bound(part) - names.deleted
     return found
+
+
+def _surely_bound(part: ast.AST) -> set[str]:
+    """Return the names that a statement, or a target, has bound when it has run; a `:=` in it may not have."""
+    if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {part.name}
+    if isinstance(part, ast.AnnAssign) and part.value is None:
+        return set()
+    targets = getattr(part, _BINDING.get(type(part), ""), part if isinstance(part, ast.expr) else None)
+    if isinstance(part, ast.Import | ast.ImportFrom):
+        targets = part
+    return Names().scan(targets if isinstance(targets, list) else [targets]).bound
 
 
 class Prepare(ast.NodeTransformer):
@@ -56,12 +67,13 @@ class Prepare(ast.NodeTransformer):
 
     def __init__(self, marked: set[str], first: str) -> None:
         self._marked = marked
+        self._around = marked  # those of the function around, where the scope is a class
         self._first = first
         self._is_inside = False
 
-    def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+    def block(self, statements: list[Any]) -> list[Any]:
         """Return the statements prepared."""
-        prepared: list[ast.stmt] = []
+        prepared: list[Any] = []
         for statement in statements:
             found = self.visit(statement)
             prepared += found if isinstance(found, list) else [found]
@@ -97,24 +109,42 @@ class Prepare(ast.NodeTransformer):
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> ast.AST:
         inner = inner_names(node)
-        return self._within(node, inner.bound - inner.nonlocals | inner.globals)
+        marked = self._around - (inner.bound - inner.nonlocals | inner.globals)
+        return self._within(node, ("body",), marked, marked)
 
     visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _function
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return self._within(node, Names().scan(node.body).bound)
+        inner = Names().scan(node.body)
+        # The functions in a class do not see its names: what they read is around it.
+        return self._within(
+            node, ("body",), self._marked - (inner.bound - inner.nonlocals | inner.globals), self._around
+        )
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> ast.AST:
-        is_inside = self._is_inside
-        return self._within(node, Names().scan([generator.target for generator in node.generators]).bound, is_inside)
+        first = node.generators[0]
+        first.iter = self.visit(first.iter)  # computed outside
+        marked = self._around - Names().scan([generator.target for generator in node.generators]).bound
+        iterated, first.iter = first.iter, ast.Constant(None)
+        self._within(node, node._fields, marked, marked, self._is_inside)
+        first.iter = iterated
+        return node
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
 
-    def _within(self, node: ast.AST, own: set[str], is_inside: bool = True) -> ast.AST:
-        outer = self._marked, self._is_inside
-        self._marked, self._is_inside = self._marked - own, is_inside
-        self.generic_visit(node)
-        self._marked, self._is_inside = outer
+    def _within(
+        self, node: ast.AST, fields: Collection[str], marked: set[str], around: set[str], is_inside: bool = True
+    ) -> ast.AST:
+        """Visit a node, those of its fields that are a scope of their own with other marks."""
+        for field, value in ast.iter_fields(node):
+            outer = self._marked, self._around, self._is_inside
+            if field in fields:
+                self._marked, self._around, self._is_inside = marked, around, is_inside
+            if isinstance(value, list):
+                value[:] = self.block(value)
+            elif isinstance(value, ast.AST):
+                setattr(node, field, self.visit(value))
+            self._marked, self._around, self._is_inside = outer
         return node
 
 
