@@ -78,6 +78,7 @@ def test_gradients_that_are_left_off():
 
     assert failing(suite_of(around)) == {
         "test_assigned_gradient_flows_on",
+        "test_computed_value_can_be_edited_afterwards",
         "test_gradient_of_what_the_block_made_of_values",
         "test_gradients_are_off_where_the_caller_has_them_off",
         "test_gradients_of_values_are_those_of_autograd",

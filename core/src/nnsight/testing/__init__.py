@@ -44,7 +44,7 @@ _MODULE_OF = {
 # Their assertions explain themselves as those of a test file do.
 _SUITES = (
     "_features", "_idle", "_joining", "_lazy", "_programs_beyond", "_programs_blocks", "_programs_runs",
-    "_programs_values", "_reading", "_running", "_steps", "_writing",
+    "_programs_saved", "_programs_values", "_reading", "_running", "_steps", "_writing",
 )  # fmt: skip
 
 
