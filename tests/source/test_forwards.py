@@ -61,6 +61,28 @@ class DecoratedUnnamed(nn.Module):
         return torch.tanh(x)
 
 
+class Partial(nn.Module):
+    def scaled(self, scale, x):
+        return torch.mul(x, scale)
+
+    forward = functools.partialmethod(scaled, 2)
+
+
+class Callable:
+    def __call__(self, x):
+        return torch.tanh(x)
+
+
+class CallableObject(nn.Module):
+    forward = Callable()
+
+
+class Static(nn.Module):
+    @staticmethod
+    def forward(x):
+        return torch.tanh(x)
+
+
 class Defaults(nn.Module):
     def forward(self, x, scale=2, *rest, bias=torch.ones(()), **options):  # noqa: B008
         return torch.add(x * scale, bias) + len(rest) + len(options)
@@ -85,6 +107,9 @@ def closing_over(scale):
         (CallsSuperTwice, ["super_0", "torch_tanh_0", "forward_0"]),
         (Decorated, ["torch_tanh_0"]),
         (DecoratedUnnamed, ["torch_tanh_0"]),
+        (Partial, ["torch_mul_0"]),
+        (CallableObject, ["torch_tanh_0"]),
+        (Static, ["torch_tanh_0"]),
         (Defaults, ["torch_add_0", "len_0", "len_1"]),
     ],
 )

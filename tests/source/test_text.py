@@ -120,10 +120,24 @@ def test_source_taken_before_the_forward_was_replaced_is_an_error(monkeypatch):
     assert torch.equal(sine, torch.sin(torch.relu(X)))
 
 
-def test_file_edited_since_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("return torch.relu(x)", "return torch.sigmoid(x)  # longer than it was"),
+        ("return 1", "return 2  # longer"),
+        ("return x", "return"),
+        ("return", "pass; return 1"),
+        ("x + 1; return", "x + 2; return  # longer"),
+        ("for y in x: x = x + y", "for y in x: x + y"),
+        ("if x: return 1", "if x: return 1, 2"),
+        ("assert x; return 1", "assert x; return 1, 2"),
+        ("assert x\n        return 1", "assert x\n        return True"),
+    ],
+)  # fmt: skip
+def test_file_edited_since_is_an_error(tmp_path, monkeypatch, before, after):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "reloaded_forward.py"
-    old = module_from(path, HEAD + "        return torch.relu(x)\n")
-    path.write_text(HEAD + "        return torch.sigmoid(x)  # longer than it was\n")
+    old = module_from(path, f"{HEAD}        {before}\n")
+    path.write_text(f"{HEAD}        {after}\n")
     with pytest.raises(SourceError, match=r"`Net.forward` .* is not what is running"):
         NNsight(old.Net()).source

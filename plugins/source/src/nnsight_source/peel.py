@@ -8,7 +8,7 @@ as well, which can be replaced in its turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, partialmethod
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
@@ -44,6 +44,9 @@ def peel(target: Any, depth: int = _DEPTH) -> tuple[list[FunctionType], Rebuild]
     if isinstance(target, partial):
         inner, rebuild = peel(target.func, depth)
         return inner, lambda changes: partial(rebuild(changes), *target.args, **target.keywords)
+    if isinstance(target, partialmethod):
+        inner, rebuild = peel(target.func, depth)
+        return inner, lambda changes: partialmethod(rebuild(changes), *target.args, **target.keywords)
     if isinstance(target, staticmethod | classmethod):
         inner, rebuild = peel(target.__func__, depth)
         return inner, lambda changes: type(target)(rebuild(changes))

@@ -31,11 +31,13 @@ _CHANGED = (
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 _IGNORED = frozenset({
     "CACHE", "RESUME", "NOP", "PUSH_NULL", "PRECALL", "EXTENDED_ARG", "COPY", "SWAP", "LOAD_FAST_AND_CLEAR",
-    "RETURN_VALUE", "RETURN_CONST", "POP_TOP",
+    "RETURN_VALUE", "POP_TOP",
 })  # fmt: skip
+_SAME_AS = {"LOAD_METHOD": "LOAD_ATTR", "RETURN_CONST": "LOAD_CONST"}
 _GLOBAL, _ATTRIBUTE, _CACHE, _MORE = (dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_ATTR", "CACHE", "EXTENDED_ARG"))
 _LOAD_METHOD = dis.opmap.get("LOAD_METHOD", -1)
 _SUPER = dis.opmap.get("LOAD_SUPER_ATTR", -1)  # what `super().x` is, from 3.12 on, unless the module has a `super`
+_Span = tuple[tuple[int, int], tuple[int, int]]
 _METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
@@ -238,13 +240,12 @@ def _is_running(node: Function, code: CodeType) -> bool:
     if _is_same(compiled, code):
         return True
     # A test runner rewrites asserts.
-    asserts = {
-        line
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Assert)
-        for line in range(inner.lineno, (inner.end_lineno or inner.lineno) + 1)
-    }
-    return {s for s in _steps(compiled) if s[0] not in asserts} == {s for s in _steps(code) if s[0] not in asserts}
+    asserts = [_span(inner) for inner in ast.walk(node) if isinstance(inner, ast.Assert)]
+    return bool(asserts) and set(_steps(compiled, asserts)) == set(_steps(code, asserts))
+
+
+def _span(node: ast.Assert) -> _Span:
+    return (node.lineno, node.col_offset), (node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
 
 
 def _is_same(left: CodeType, right: CodeType) -> bool:
@@ -267,17 +268,24 @@ def _shown(value: object) -> str:
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
-def _steps(code: CodeType) -> Iterator[tuple[int | None, str, str]]:
-    """Yield line, kind and argument of each instruction, without what depends on where it stands."""
+def _steps(code: CodeType, asserts: list[_Span]) -> Iterator[tuple[int | None, str, str]]:
+    """Yield line, kind and argument of each instruction outside asserts, without what depends on where it stands."""
     for step in dis.get_instructions(code):
-        place = step.positions
-        line = None if place is None else place.lineno
-        if step.opname in _IGNORED:
+        line = None if step.positions is None else step.positions.lineno
+        if step.opname in _IGNORED or _is_in(step, asserts):
             continue
         if isinstance(step.argval, CodeType):
-            yield from _steps(step.argval)
+            yield from _steps(step.argval, asserts)
         elif "JUMP" in step.opname or step.opname in ("FOR_ITER", "SEND"):
             continue
         else:
-            kind = "LOAD_ATTR" if step.opname == "LOAD_METHOD" else step.opname
+            kind = _SAME_AS.get(step.opname, step.opname)
             yield line, kind, step.argrepr if step.opname == "KW_NAMES" else _shown(step.argval)
+
+
+def _is_in(step: dis.Instruction, spans: list[_Span]) -> bool:
+    place = step.positions
+    if place is None or place.lineno is None or place.col_offset is None:
+        return False
+    start = place.lineno, place.col_offset
+    return any(first <= start <= last for first, last in spans)
