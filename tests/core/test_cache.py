@@ -3,8 +3,10 @@
 import copy
 import gc
 import json
+import os
 import random
 import resource
+import stat
 import struct
 import weakref
 
@@ -561,6 +563,39 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_file_in_place(tmp_path, m
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["c"]
     with pytest.raises(OSError, match="No such file or directory"):
         cache.save(tmp_path / "nowhere" / "c")
+
+
+def test_a_saved_file_is_one_like_any_other(tmp_path, model):
+    with model.trace(rows()) as tracer:
+        cache = tracer.cache()
+    (plain := tmp_path / "plain").touch()
+    cache.save(file := tmp_path / "c")
+    assert file.stat().st_mode == plain.stat().st_mode
+    file.chmod(0o640)
+    cache.save(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    (link := tmp_path / "link").symlink_to(file)
+    file.write_bytes(b"")
+    cache.save(link)
+    assert link.is_symlink()
+    assert torch.equal(Cache.load(file)["h.0"].output, cache["h.0"].output)
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, model):
+    with model.trace(rows()) as tracer:
+        cache = tracer.cache()
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for place in (pipe, tmp_path):
+        with pytest.raises(CacheFileError, match="cannot be written to .*: (Not a regular file|Is a directory)"):
+            cache.save(place)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_device_that_is_not_there_is_told_at_once(model):
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    with model.trace(rows()) as tracer, pytest.raises(InputError, match=f"device='{absent}'.: that is no device here"):
+        tracer.cache(device=absent)
 
 
 def test_files_that_are_no_cache_are_errors(tmp_path, model):

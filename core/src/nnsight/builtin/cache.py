@@ -234,10 +234,18 @@ def _tell_passed(run: Interleaver, numbers: list[int]) -> None:
 
 
 def _device(device: Any) -> torch.device | None:
+    if device is None:
+        return None
     try:
-        return None if device is None else torch.device(device)
+        chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"cache(device={device!r}): that is no device. {error}") from None
+    if chosen.type not in ("cpu", "meta"):
+        try:
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise InputError(f"cache(device={device!r}): that is no device here. {error}") from None
+    return chosen
 
 
 def _dtype(dtype: Any) -> torch.dtype | None:

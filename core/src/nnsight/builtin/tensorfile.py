@@ -7,10 +7,12 @@ bytes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,16 +50,24 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], about: str, key: str 
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path = Path(os.path.realpath(path))  # a link stays one
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    if mode is not None and not path.is_file():
+        code = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(code, os.strerror(code) if path.is_dir() else "Not a regular file", str(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    stream = open(temporary, "xb")  # noqa: SIM115 - closed below; with the permissions of any new file
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with stream:
+            if mode is not None:
+                os.chmod(temporary, mode)
             stream.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
                 plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 stream.write(_bytes(plain))
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise
 
 
