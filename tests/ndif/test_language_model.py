@@ -163,3 +163,17 @@ def test_autocast_around_holds_in_block_and_model(llama, remote):
         expected = llama._module(**llama.tokenizer(PROMPT, return_tensors="pt")).logits
     assert product.dtype is torch.bfloat16
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_encoding_is_an_input_and_a_variable(llama, remote):
+    words = llama.tokenizer(PROMPT, return_tensors="pt")
+    with llama.trace(words, remote=remote):
+        one = save(llama.lm_head.output)
+    with llama.trace(remote=remote) as tracer:
+        with tracer.invoke(words):
+            two = save(llama.lm_head.output)
+            kinds = save([type(words).__name__, list(words), words.input_ids.shape[1]])
+    expected = llama._module(**words).logits
+    torch.testing.assert_close([one, two], [expected, expected])
+    assert kinds == ["BatchEncoding", list(words), words.input_ids.shape[1]]

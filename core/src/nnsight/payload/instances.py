@@ -36,7 +36,7 @@ def can_take(kind: type) -> bool:
     base = next(base for base in kind.__mro__ if not base.__flags__ & _IS_HEAP)
     if base not in (object, dict, collections.OrderedDict) or hasattr(kind, "__del__"):
         return False
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) or issubclass(kind, collections.UserDict):
         return True
     ways = (("__reduce_ex__", _USUAL_EX), ("__reduce__", _USUAL_REDUCE), ("__getstate__", _USUAL_STATE))
     return all(getattr(kind, name) in usual for name, usual in ways)
@@ -47,7 +47,7 @@ def is_takeable(value: Any) -> bool:
     kind = type(value)
     if not can_take(kind):
         return False
-    if kind not in _TAKEN and not dataclasses.is_dataclass(kind):
+    if kind not in _TAKEN and not dataclasses.is_dataclass(kind) and not issubclass(kind, collections.UserDict):
         try:
             object.__reduce_ex__(value, 2)  # which knows whether there is anything in it that only C code sees
         except TypeError:

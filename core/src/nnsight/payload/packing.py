@@ -271,7 +271,12 @@ class Packer:
             self.pairs(pairs, value)
         fields: dict[str, Any] = {}
         for name, item in attributes(value):
-            fields[name] = self._inner(f"its attribute {name!r}", item)
+            try:
+                fields[name] = self._inner(f"its attribute {name!r}", item)
+            except RefusedError:
+                if not isinstance(value, collections.UserDict) or not name.startswith("_"):
+                    raise
+                fields[name] = None  # the dict is what it is; an encoding of tokens also keeps what it was made of
         data += ["instance", self.pack(kind), fields, pairs if isinstance(value, dict) else None]
         return True
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from nnsight_ndif import exposure
 from nnsight_ndif.bridge import Pins, Pull
 from nnsight_ndif.errors import NotInRunnerError
 from nnsight_ndif.values import pack_simple, unknown, unpack_simple
 from nnsight_ndif.window import Window
 from nnsight_ndif.wire import Special
-
-#: Storages whose memory has been reached around torch's count of edits (`x.numpy()`, `x.data`), by address.
-_exposed: set[int] = set()
 
 
 class Opaque:
@@ -101,7 +99,7 @@ class Held:
         if tensor is None:
             tensor = self._keep(number, new)
             if is_table:
-                self.tables.add(tensor.untyped_storage()._cdata)
+                self.tables.add(exposure.storage(tensor))
         else:
             with torch.set_grad_enabled(history is not None):
                 tensor.copy_(new)  # the model has edited it since
@@ -168,7 +166,7 @@ class Held:
                 self._tracked.add(number)
                 edits.append([number, None, True, self._pins.pin(tensor)])  # the block wants its gradient
             is_certain = tensor._version != version
-            if is_certain or tensor.untyped_storage().data_ptr() in _exposed:
+            if is_certain or exposure.is_exposed(tensor):
                 self._versions[number] = tensor._version
                 is_tied = is_certain and tensor.requires_grad and not tensor.is_leaf
                 key = self._pins.pin(tensor) if is_tied else None
@@ -215,6 +213,8 @@ class Held:
             return found
         if isinstance(value, torch.nn.Module) and "_at" in vars(value):
             return Special("module", vars(value)["_at"])  # the stand-in of one of the model's
+        if isinstance(value, UserDict) and id(value) not in self._numbers:
+            return self.pack(dict(value.data))  # an encoding of tokens: what a model takes is the dict
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return Special("named", [self.pack(item) for item in value])
         number, kind = self._numbers.get(id(value)), type(value)
@@ -247,42 +247,6 @@ def contents(value: Any, found: list[Any]) -> list[Any]:
         for item in vars(value).values():
             contents(item, found)
     return found
-
-
-def is_exposed(tensor: Any) -> bool:
-    """Return whether a tensor's memory has been reached around torch."""
-    is_there = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    return is_there and tensor.untyped_storage().data_ptr() in _exposed
-
-
-def watch_exposure() -> None:
-    """From now on notice when a tensor's memory is reached around torch, so that edits of it are found.
-
-    Called once, in a process that only runs blocks.
-    """
-    for name in ("numpy", "__array__", "__dlpack__", "data_ptr", "storage"):
-        setattr(torch.Tensor, name, _exposing(getattr(torch.Tensor, name)))
-    data: Any = torch.Tensor.data
-
-    def read(tensor: torch.Tensor) -> Any:
-        _expose(tensor)
-        return data.__get__(tensor)
-
-    torch.Tensor.data = property(read, data.__set__)  # type: ignore[assignment]
-
-
-def _exposing(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        _expose(tensor)
-        return method(tensor, *args, **kwargs)
-
-    call.__name__ = method.__name__
-    return call
-
-
-def _expose(tensor: torch.Tensor) -> None:
-    if tensor.layout is torch.strided:
-        _exposed.add(tensor.untyped_storage().data_ptr())
 
 
 def _class(module: str, name: str) -> Any:

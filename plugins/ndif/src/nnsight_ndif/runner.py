@@ -17,9 +17,8 @@ import torch
 
 import nnsight
 from nnsight import Mediator, Tracer, payload
-from nnsight_ndif import job
+from nnsight_ndif import exposure, job
 from nnsight_ndif.channel import Channel, Kind
-from nnsight_ndif.held import is_exposed, watch_exposure
 from nnsight_ndif.outside import Watch
 from nnsight_ndif.puppet import Helper, Link, StandIn, StandInModel
 from nnsight_ndif.report import describe
@@ -36,7 +35,7 @@ def warm() -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("numpy.random")  # numpy itself would do so for the first job
     sys.meta_path.insert(0, _Compilers())
-    watch_exposure()
+    exposure.watch()
     model = nnsight.NNsight(torch.nn.Linear(1, 1))
     with model.session() as session:
         blocks: tuple[type, ...] = (Mediator, type(session._block))
@@ -102,7 +101,7 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
     )
     (block,) = sent.blocks
     assert sent.outside is not None
-    watch = Watch(sent.outside, lambda value: isinstance(value, nnsight.Envoy | StandIn | Helper), is_exposed)
+    watch = Watch(sent.outside, lambda value: isinstance(value, nnsight.Envoy | StandIn | Helper), exposure.is_exposed)
     if order["method"] == "session":
         with model.session() as opened:
             block.run(opened)
