@@ -16,6 +16,7 @@ from nnsight.capture.compiler import function_node
 from nnsight.capture.verify import differs
 from nnsight.payload import library
 from nnsight.payload.sources import (
+    ALL,
     CHANGED,
     FUTURES,
     NO_SOURCE,
@@ -238,7 +239,7 @@ def _is_it(found: ClassSource, own: list[types.FunctionType]) -> bool:
     for function in own:
         code = function.__code__
         other = compiled.get((code.co_firstlineno, code.co_name))
-        if other is None or differs(code, other, [found.node]):
+        if other is None or differs(code, other, [found.node, ALL]):
             return False
     return True
 

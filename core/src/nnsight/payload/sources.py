@@ -27,6 +27,8 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
 
 NO_SOURCE = "whose source cannot be found (code from `exec`, stdin or a bare prompt has none): put it in a file"
 CHANGED = "whose source has changed since it was imported: reload the module (or restart), so that what runs is read"
+#: For `differs`: all of a code object is compared, also what is behind the end of what its text is now.
+ALL = ast.Pass(lineno=1, col_offset=0, end_lineno=1 << 30, end_col_offset=1 << 30)
 _known: PerCode[Source] = PerCode()
 
 
@@ -109,7 +111,7 @@ def _find_function(code: types.CodeType, namespace: dict[str, Any]) -> Source:
             compiled = compile_function(source, code.co_freevars)
         except (SyntaxError, LookupError):
             continue
-        if sorted(compiled.co_freevars) == sorted(code.co_freevars) and not differs(code, compiled, [_body(node)]):
+        if sorted(compiled.co_freevars) == sorted(code.co_freevars) and not differs(code, compiled, [node, ALL]):
             return source
         is_changed = True
     raise NoSourceError(CHANGED if is_changed or lines else NO_SOURCE)
@@ -163,10 +165,6 @@ def _is_private(node: ast.AST) -> bool:
             if isinstance(name, str) and mangle(name, "X") != name:
                 return True
     return False
-
-
-def _body(node: Definition) -> ast.AST:
-    return node.body if isinstance(node, ast.Lambda) else node
 
 
 def compile_function(source: Source, free: Sequence[str]) -> types.CodeType:

@@ -234,6 +234,11 @@ class Unpacker:
                 return self.value(origin)[found[0] if len(found) == 1 else tuple(found)]
         raise ValueError("it is malformed")
 
+    def _device(self, name: Any) -> torch.device:
+        if type(name) is not str:  # torch takes a number for the one of the accelerator that is here
+            raise TypeError("it has no name")
+        return self.device(name)
+
     def _member(self, data: list[Any]) -> Any:
         _, kind, name, value = data
         cls = self.value(kind)
@@ -314,7 +319,7 @@ _KINDS: dict[str, Callable[[Unpacker, list[Any]], Any]] = {
     "notimplemented": lambda unpacker, data: NotImplemented,
     "size": lambda unpacker, data: torch.Size(data[1:]),
     "torch": lambda unpacker, data: _torch_constant(data[1]),
-    "device": lambda unpacker, data: unpacker.device(data[1]),
+    "device": lambda unpacker, data: unpacker._device(data[1]),
     "tensor": lambda unpacker, data: unpacker._views.get(data[1]),
     "array": lambda unpacker, data: unpacker._views.get(data[1]),
     "scalar": lambda unpacker, data: unpacker._views.get(data[1])[()],
