@@ -60,8 +60,8 @@ class ClassSource:
         for function in functions_of(self.kind):
             if self._is_own(function):
                 found.update(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        found.pop("__class__", None)
-        return list(found.items())
+        own = {"__class__", "__classdict__", *(kind.name for kind in getattr(self.node, "type_params", ()))}
+        return [(name, cell) for name, cell in found.items() if name not in own]
 
     def base(self, name: str) -> type | None:
         """Return the base class that the text calls by a name, None where it calls none so."""
@@ -232,7 +232,7 @@ def _is_it(found: ClassSource, own: list[types.FunctionType]) -> bool:
         return False
     try:
         compiled: dict[Any, types.CodeType] = {
-            (code.co_firstlineno, code.co_name): code for code in _codes(found.code())
+            (code.co_firstlineno, code.co_name): code for code in codes_in(found.code())
         }
     except SyntaxError:
         return False
@@ -249,11 +249,12 @@ def _annotations(kind: type) -> Iterable[str]:
     return found
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield the code objects in another one, outer ones first."""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield constant
-            yield from _codes(constant)
+            yield from codes_in(constant)
 
 
 def _bound(node: ast.ClassDef) -> tuple[set[str], dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from nnsight.errors import PayloadError
 from nnsight.payload import library
-from nnsight.payload.classes import compile_class, functions_of
+from nnsight.payload.classes import codes_in, compile_class, functions_of
 from nnsight.payload.names import eager_names, global_names
 from nnsight.payload.outside import Outside
 from nnsight.payload.sources import FUTURES, Source, compile_function, remember_lines
@@ -298,7 +298,7 @@ def _functions_behind(value: Any) -> list[types.FunctionType]:
 
 def _qualified(code: types.CodeType, name: str, qualname: str) -> types.CodeType:
     """Return code that makes a class with the qualified names that the class and its methods had."""
-    body = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+    body = next(c for c in codes_in(code) if c.co_name == name)
     return code if body.co_qualname == qualname else _renamed(code, body.co_qualname, qualname)
 
 
