@@ -226,6 +226,27 @@ def test_attribute_that_the_module_lacks_is_the_envoys_own(net, model):
     assert not hasattr(model, "note")
 
 
+@pytest.mark.parametrize(("slip", "meant"), [("outptu", "output"), ("outputs", "output"), ("inpust", "inputs")])
+def test_assigning_to_a_misspelt_location_in_a_block_is_an_error(net, model, x, slip, meant):
+    expected = net(x)
+    with model.trace(x):
+        with pytest.raises(NotInTreeError, match=rf"`model.h.1` has no {slip!r} to assign to\. Nearest: .*\b{meant}\b"):
+            setattr(model.h[1], slip, torch.zeros(1))
+        result = model.output
+    assert torch.equal(result, expected)
+    assert slip not in vars(model.h[1])
+
+
+def test_other_attributes_can_be_set_in_a_block(model, x):
+    model.h[0].outputs = []
+    with model.trace(x):
+        model.h[0].outputs = [model.h[0].output]
+        model.h[1].out = model.h[1].output
+        model.outputs = model.output
+    assert (model.h[0].outputs[0].shape, model.h[1].out.shape) == ((2, WIDTH), (2, WIDTH))
+    assert model.outputs.shape == (2, 2 * WIDTH)
+
+
 def test_parameter_of_the_wrong_type_is_torchs_error(net, model):
     with pytest.raises(TypeError, match="cannot assign"):
         model.emb.weight = torch.ones(1)

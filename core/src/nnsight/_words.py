@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from nnsight.errors import NotInTreeError
 
 CHANGED, SKIPPED = "changed", "skipped"
 
@@ -36,6 +39,26 @@ def nearest(name: str, names: Iterable[Any]) -> str:
     """Return ` Nearest: ...` with the names closest to a misspelt one, or nothing."""
     near = difflib.get_close_matches(name, sorted({str(one) for one in names}), n=3)
     return f" Nearest: {', '.join(near)}." if near else ""
+
+
+def refuse_slip(path: str, kind: type, name: str) -> None:
+    """Refuse to assign, to a part of a model in a block, what is nearly called as a location: nobody would ever see it.
+
+    Args:
+        path: of the part.
+        kind: its class, whose properties are its locations.
+        name: what is assigned to.
+
+    Raises:
+        NotInTreeError: it is a slip.
+    """
+    locations = [one for one in dir(kind) if hasattr(inspect.getattr_static(kind, one), "__set__")]
+    near = difflib.get_close_matches(name, locations, n=2, cutoff=0.8)
+    if near:
+        raise NotInTreeError(
+            f"`{path}` has no {name!r} to assign to. Nearest: {', '.join(near)}. For an attribute of your own, choose "
+            "another name, or set it before the block."
+        )
 
 
 class Misspelt:

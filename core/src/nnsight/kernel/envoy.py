@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import nn
 
-from nnsight._words import Misspelt, nearest
+from nnsight._words import Misspelt, nearest, refuse_slip
 from nnsight.errors import NotInTreeError, OrphanError
 from nnsight.kernel import display, growth
 from nnsight.kernel.blocks import find, open_blocks, open_here, require
@@ -325,6 +325,8 @@ class Envoy:
         elif name not in self.__dict__ and hasattr(module, name):
             setattr(module, name, value)
         else:
+            if self._parent is not None and name not in self.__dict__ and find(self._tree) is not None:
+                refuse_slip(self._path, type(self), name)
             object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
