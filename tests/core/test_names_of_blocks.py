@@ -50,6 +50,25 @@ def test_a_comprehension_that_uses_the_name_elsewhere_does_not_join_the_blocks(n
     assert found[0][0] is h and found[2][0] is h and close(h, hidden(net, Y))
 
 
+def test_functions_in_one_block_do_not_join_the_others(net, model):
+    """A lambda or a generator that reads a name belongs to its block: the same name elsewhere is another variable."""
+    with model.trace() as tracer:
+        with tracer.invoke(X):
+            h = model.h[0].output
+            _ = model.output
+            first = sum(row.sum() for row in h), sorted([0, 1], key=lambda index: h[0, index].item())
+        with tracer.invoke(Y):
+            h = model.h[0].output
+            _ = model.output
+            second = sum(row.sum() for row in h)
+        with tracer.invoke(X):
+            h = model.h[0].output
+            _ = model.output
+            third = sum(h[index].sum() for index in range(1))
+    assert close(first[0], hidden(net, X).sum()) and close(second, hidden(net, Y).sum())
+    assert close(third, hidden(net, X).sum()) and close(h, hidden(net, X))
+
+
 def test_a_function_in_a_comprehension_shares_its_variables_with_the_block(model):
     total = 0
     adders = [lambda by: by + total for _ in range(1)]

@@ -9,15 +9,16 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
-from nnsight.capture.locate import CHANGED, find_in, find_with
+from nnsight.capture.locate import CHANGED, find_around, find_in, find_with
 from nnsight.capture.names import Names, mangle
 from nnsight.capture.percode import PerCode
 from nnsight.capture.rewrite import LOAD, Prepare, exposed
-from nnsight.capture.verify import differs, operations, variables
+from nnsight.capture.sharing import shared_names
+from nnsight.capture.verify import differs, variables
 from nnsight.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Block:
         first: str,
         is_nested: bool,
         shared: frozenset[str] | None = None,
+        around: Callable[[], ast.AST | None] = lambda: None,
     ) -> None:
         """Look into a block.
 
@@ -82,6 +84,7 @@ class Block:
             first: the first argument of the function it was written in.
             is_nested: whether that code was compiled here.
             shared: where all variables of that code are cells because it was compiled here: those that it shares.
+            around: returns the source of that code, if it can be found.
         """
         self.is_nested = is_nested
         self.node, self.item, self.first = node, item, first
@@ -104,7 +107,7 @@ class Block:
         self.deleted = self._mangled(names.deleted)
         self.names = (self.bound | self.loaded) - self.declared_global
         self.variables = self.names & self.local
-        self.live = _shared_names(code, self, shared)
+        self.live = shared_names(code, self, around, shared)
         self._plain = {mangle(name, self.owner): name for name in names.bound | names.rebound | names.loaded}
         #: Whether the body cannot be compiled just as it is written.
         self._is_rewritten = names.uses_super or names.has_annotations or item < len(node.items) - 1
@@ -270,7 +273,9 @@ def _read(frame: FrameType) -> Block:
     # A compiled body takes no arguments: what `super()` in it means is the first one of the function it was written in.
     first = outer.first if outer is not None and not code.co_argcount else _first_argument(code)
     is_body = outer is not None and any(found is code for found in outer._variants.values())
-    block = Block(node, item, code, first, outer is not None, outer.live if outer is not None and is_body else None)
+    shared = outer.live if outer is not None and is_body else None
+    source = (lambda: find_around(frame)) if outer is None else lambda: outer.node
+    block = Block(node, item, code, first, outer is not None, shared, source)
     if block.unmovable:
         statement = block.unmovable[0]
         word, way_out = _UNMOVABLE.get(type(statement), _ASYNC_COMPREHENSION)
@@ -303,52 +308,6 @@ def owner_class(code: CodeType) -> str:
         if outer != "<locals>" and inner != "<locals>":
             return outer
     return ""
-
-
-def _shared_names(code: CodeType, block: Block, shared: frozenset[str] | None) -> frozenset[str]:
-    """Return the names whose one cell must be used: those that functions outside the block share with it.
-
-    A variable that such a function only reads, and the block does not bind, is taken at its value on entry: a loop's
-    turns stay apart.
-    """
-    if not code.co_cellvars and not code.co_freevars:
-        return frozenset()
-    free, own = frozenset(code.co_freevars), frozenset(code.co_cellvars)
-    if shared is not None:
-        free, own = free & shared, own | free - shared
-    live = block.names & free
-    first, last = block.node.lineno, block.node.end_lineno or block.node.lineno
-    for inner in _functions_in(code):
-        if not first <= inner.co_firstlineno <= last:
-            used = block.names & frozenset(inner.co_freevars) & own
-            live |= {name for name in used if name in block.bound or _stores(inner, name)}
-    return live
-
-
-#: What runs where it stands, so that no block can call it.
-_AT_ONCE = ("<listcomp>", "<setcomp>", "<dictcomp>")
-
-
-def _functions_in(code: CodeType) -> Iterator[CodeType]:
-    """Yield the functions that are made in code, those in its comprehensions included."""
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            if constant.co_name in _AT_ONCE:
-                yield from _functions_in(constant)
-            else:
-                yield constant
-
-
-def _stores(code: CodeType, name: str) -> bool:
-    """Return whether a function, or one inside it, binds a variable of the function around it."""
-    import dis
-
-    if name not in code.co_freevars:
-        return False
-    number, binding = variables(code).index(name), (dis.opmap["STORE_DEREF"], dis.opmap["DELETE_DEREF"])
-    if any(op in binding and argument == number for op, argument in operations(code)):
-        return True
-    return any(_stores(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 def _target(node: ast.expr | None, owner: str) -> Any:

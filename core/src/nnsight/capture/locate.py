@@ -57,6 +57,15 @@ def find_in(around: ast.AST, frame: FrameType) -> tuple[ast.With, int]:
     raise AssertionError("code was compiled from source that it does not come from")
 
 
+def find_around(frame: FrameType) -> ast.stmt | None:
+    """Return the source of the function that a frame runs; None when it cannot be told."""
+    lines = _lines(frame)
+    for first in range(frame.f_code.co_firstlineno, len(lines) + 1):
+        if lines[first - 1].lstrip().startswith(("def ", "async ")):  # before it are its decorators
+            return _parse(lines, first, _last_line(lines, first))
+    return None
+
+
 def _span(code: CodeType, offset: int) -> Span | None:
     found = next(itertools.islice(code.co_positions(), offset // 2, None))
     return None if None in found else found  # type: ignore[return-value]
@@ -75,17 +84,17 @@ def _lines(frame: FrameType) -> list[str]:
 def _candidates(lines: list[str], span: Span) -> Iterator[ast.With]:
     """Yield the `with` statements that may be at a position: of the statement (to 3.12.1), or of one of its items."""
     node = _parse(lines, span[0], span[1])
-    if node is not None and _position(node) == span:
+    if isinstance(node, ast.With) and _position(node) == span:
         yield node
         return
     for first in range(span[0], 0, -1):
         if lines[first - 1].lstrip().startswith("with"):
             node = _parse(lines, first, _last_line(lines, first))
-            if node is not None:
+            if isinstance(node, ast.With):
                 yield node
 
 
-def _parse(lines: list[str], first: int, last: int) -> ast.With | None:
+def _parse(lines: list[str], first: int, last: int) -> ast.stmt | None:
     text = "".join(lines[first - 1 : last])
     is_indented = text[:1].isspace()
     try:
@@ -94,7 +103,7 @@ def _parse(lines: list[str], first: int, last: int) -> ast.With | None:
     except SyntaxError:
         return None
     body = tree.body[0].body if is_indented and isinstance(tree.body[0], ast.If) else tree.body
-    return body[0] if body and isinstance(body[0], ast.With) else None
+    return body[0] if body else None
 
 
 def _last_line(lines: list[str], first: int) -> int:
