@@ -55,13 +55,14 @@ class Idle(ModelSuite):
         same(found, expected, "the result of the bare module during a trace")
 
     def test_dropping_the_model_frees_it(self) -> None:
-        """Without the cyclic collector, where the bare module is freed without it."""
+        """Without the cyclic collector, where the bare module is freed without it after a call."""
         bare = self.make_module()
-        reference = weakref.ref(bare)
+        references: list[weakref.ref[Any]] = [weakref.ref(bare), *(weakref.ref(weight) for weight in bare.parameters())]
         gc.disable()
         try:
+            self.run_plainly(bare, copy.deepcopy(self.inputs()[0]))
             del bare
-            collect = reference() is not None
+            collect = any(reference() is not None for reference in references)
             for end in _ENDS:
                 model = self.make_model()
                 kept: dict[str, weakref.ref[Any]] = {

@@ -140,5 +140,12 @@ class Reading(ModelSuite):
 
 
 def _is_tensors(value: Any) -> bool:
-    """Whether a module is called with tensors and constants alone, so that it can be called with them again."""
-    return all(isinstance(leaf, torch.Tensor | bool | int | float | str | None) for leaf in leaves(value))
+    """Whether a module is called with tensors and constants alone, so that it can be called with them again.
+
+    What else there is may be a cache, which a call fills.
+    """
+    if type(value) in (tuple, list):
+        return all(map(_is_tensors, value))
+    if type(value) is dict:
+        return all(map(_is_tensors, value.values()))
+    return isinstance(value, torch.Tensor | bool | int | float | str | None)
