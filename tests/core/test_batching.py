@@ -1,6 +1,7 @@
 """The rows of a joint batch: what an invoke sees of a value, and how what it writes goes back."""
 
 import copy
+import weakref
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, fields
 
@@ -486,7 +487,7 @@ def test_undeclared_flattened_value_cannot_be_written():
 def test_undeclared_flattened_value_cannot_be_edited_in_place():
     net = seeded(Flattened)
     model = NNsight(net)
-    match = r"shape \(6, 8\) was edited in place by an invoke.*reached the other"
+    match = r"`model\.inner\.output`, of shape \(6, 8\), was edited in place by an invoke.*reached the other"
     with pytest.raises(BatchError, match=match) as caught:
         with model.trace() as tracer:
             with tracer.invoke(sequences(0)):
@@ -508,6 +509,68 @@ def test_in_place_edit_as_the_last_thing_of_a_block_is_noticed(mode):
                 pass
             with tracer.invoke(sequences(1)):
                 model.inner.output.mul_(2)
+
+
+def test_undeclared_flattened_value_cannot_be_edited_when_the_model_has_gone_on():
+    net = seeded(Flattened)
+    model = NNsight(net)
+    with pytest.raises(BatchError, match=r"`model\.inner\.output`, of shape \(6, 8\), was edited in place"):
+        with model.trace() as tracer:
+            with tracer.invoke(sequences(0)):
+                early = model.inner.output
+                late = model.after.input
+                early[:3] = 0
+                _ = model.after.output
+            with tracer.invoke(sequences(1)):
+                pass
+    with pytest.raises(BatchError, match=r"`model\.inner\.output`, of shape \(6, 8\), was edited in place"):
+        with model.trace() as tracer:
+            with tracer.invoke(sequences(0)):
+                early = model.inner.output
+                late = model.after.output
+                early[:3] = 0
+            with tracer.invoke(sequences(1)):
+                pass
+    assert late.shape == (1, 3, WIDTH)
+    assert_usable(model, net, sequences(0))
+
+
+def test_what_the_model_changes_in_place_is_no_edit_of_an_invoke():
+    class Own(Flattened):
+        def forward(self, x):
+            flattened = self.inner(x.flatten(0, 1))
+            flattened.relu_()
+            return self.after(flattened.unflatten(0, x.shape[:2]))
+
+    net = seeded(Own)
+    model = NNsight(net)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(sequences(0)):
+            early = model.inner.output
+            kept = model.after.output
+        with tracer.invoke(sequences(1)):
+            other = model.after.output
+    with torch.no_grad():
+        assert close(kept, net(sequences(0)))
+        assert close(other, net(sequences(1)))
+    assert not (early < 0).any()
+
+
+def test_whole_values_are_not_kept_for_an_invoke_that_drops_them():
+    class Own(Flattened):
+        def forward(self, x):
+            return self.after(self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]) * 2)
+
+    net = seeded(Own)
+    model = NNsight(net)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(sequences(0)):
+            dropped = weakref.ref(model.inner.output)
+            _ = model.after.output
+            is_gone = dropped() is None
+        with tracer.invoke(sequences(1)):
+            pass
+    assert is_gone
 
 
 def test_whole_batch_invoke_may_write_what_has_no_rows():
@@ -633,7 +696,7 @@ def test_table_cannot_be_written_by_one_invoke():
 def test_table_cannot_be_edited_in_place_by_one_invoke():
     net = seeded(Tabled)
     model = NNsight(net)
-    with pytest.raises(BatchError, match=r"shape \(2, 1\) was edited in place"):
+    with pytest.raises(BatchError, match=r"`model\.give\.output`, of shape \(2, 1\), was edited in place"):
         with model.trace() as tracer:
             with tracer.invoke(rows(0, 1)):
                 model.give.output[:] = 0
@@ -691,7 +754,7 @@ def test_scalar_tensor_of_the_whole_batch_cannot_be_edited_by_one_invoke():
     net = seeded(Calls, lambda self, x: self.inner(x))
     net.inner = Calls(lambda _, x: x.sum())
     model = NNsight(net)
-    with pytest.raises(BatchError, match=r"shape \(\) was edited in place"):
+    with pytest.raises(BatchError, match=r"`model\.inner\.output`, of shape \(\), was edited in place"):
         with model.trace() as tracer:
             with tracer.invoke(rows(0)):
                 model.inner.output.zero_()

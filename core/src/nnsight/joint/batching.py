@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,15 +128,15 @@ class Batch:
             return None
         return self.joint.rows(tensor, self)
 
-    def narrow(self, value: Any, unsplit: list[Stamp]) -> Any:
-        """Return what this block sees of a value: views of its rows. Tensors given whole are added to `unsplit`."""
+    def narrow(self, value: Any, whole: list[torch.Tensor]) -> Any:
+        """Return what this block sees of a value: views of its rows. Tensors given whole are added to `whole`."""
 
         def view(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             rows = self.slice_of(leaf)
             if rows is None:
-                unsplit.append(stamp(leaf))
+                whole.append(leaf)
                 return leaf
             if self.joint.origins and self.joint.origins.has(leaf):
                 self._of_copies.append(stamp(leaf))
@@ -292,17 +292,6 @@ class PartialSkip(Deferred):
                 "rows. Skip it in every invoke, or assign its output instead."
             )
         return concatenate([value for _, (_, value) in sorted(self.pieces.items())], self.path)
-
-
-def check_unsplit(unsplit: Sequence[Stamp]) -> None:
-    """Raise when a tensor that an invoke was given whole has been edited in place: that would reach the others."""
-    for stamped in unsplit:
-        if is_changed(stamped):
-            raise BatchError(
-                f"A tensor of shape {tuple(stamped[0].shape)} was edited in place by an invoke, but its rows are not "
-                "those of the batch: the edit has reached the other invokes. Clone it before editing, or edit it from "
-                "an invoke without input, which has the whole batch."
-            )
 
 
 def _describe(value: Any) -> str:

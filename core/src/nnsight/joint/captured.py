@@ -11,9 +11,10 @@ from nnsight import _words as words
 from nnsight._frames import users_line
 from nnsight.capture.cells import Scope
 from nnsight.errors import MissedProviderError
-from nnsight.joint.batching import Batch, check_unsplit
+from nnsight.joint.batching import Batch
 from nnsight.joint.containers import snapshot
 from nnsight.joint.origins import Stamp, is_changed, stamps
+from nnsight.joint.whole import Whole
 from nnsight.kernel import ambient
 from nnsight.kernel.blocks import adopt_block, clear_hint
 from nnsight.kernel.mediator import Mediator, StopBlock
@@ -21,6 +22,8 @@ from nnsight.kernel.sides import Unwind, make_carrier
 from nnsight.plugins import hooks
 
 if TYPE_CHECKING:
+    import torch
+
     from nnsight.kernel.interleaver import Interleaver
 
 get_ident = threading.get_ident
@@ -65,7 +68,7 @@ class CapturedMediator(Mediator):
         may_miss: whether it just ends where the run does not reach what it asks for.
     """
 
-    __slots__ = ("_assigned", "_last", "_unsplit", "batch", "block", "body", "carrier", "may_miss")
+    __slots__ = ("_assigned", "_last", "_whole", "batch", "block", "body", "carrier", "may_miss")
 
     def __init__(self, run: Interleaver, block: CapturedBlock, order: int, batch: Batch | None) -> None:
         self.block: CapturedBlock | None = block
@@ -73,7 +76,7 @@ class CapturedMediator(Mediator):
         self.may_miss = False
         #: What was read last: location, visit, joint value, the rows of it, and the containers of those as they were.
         self._last: tuple[int, int, Any, Any, Any] | None = None
-        self._unsplit: list[Stamp] = []
+        self._whole: Whole | None = None
         #: What was assigned at this visit.
         self._assigned: list[Stamp] = []
         self.carrier = make_carrier(self._work, block.context, block.state, is_model=False)
@@ -92,6 +95,8 @@ class CapturedMediator(Mediator):
         if self.batch is not None:
             self._hand_in()
         self.carrier.pause()
+        if self._whole is not None:
+            self._whole.go_on()
 
     def take_down(self) -> None:
         self.carrier.unwind()
@@ -100,8 +105,7 @@ class CapturedMediator(Mediator):
     def close(self) -> None:
         if self.block is not None:
             self.block.scope.is_over = True
-        self.block = self.batch = self.body = self._last = None
-        self._unsplit = []
+        self.block = self.batch = self.body = self._last = self._whole = None
         super().close()
 
     def _work(self) -> None:
@@ -144,7 +148,11 @@ class CapturedMediator(Mediator):
         last, visit = self._last, run.counts[number]
         if last is not None and last[0] == number and last[1] == visit and last[2] is run.value:
             return last[3]
-        view = batch.narrow(run.value, self._unsplit)
+        whole: list[torch.Tensor] = []
+        view = batch.narrow(run.value, whole)
+        if whole:
+            self._whole = self._whole or Whole()
+            self._whole.add(whole, number)
         self._last = number, visit, run.value, view, snapshot(view)
         return view
 
@@ -206,6 +214,5 @@ class CapturedMediator(Mediator):
                 self._splice(run, number, view)
         if self.batch is not None:
             self.batch.carry_edits()
-        if self._unsplit:
-            unsplit, self._unsplit = self._unsplit, []
-            check_unsplit(unsplit)
+        if self._whole is not None and self.tree is not None:
+            self._whole.hand_over(self.tree)
