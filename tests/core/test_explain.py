@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
-from modules import Calls, Net, assert_usable, python, rows, seeded
+from modules import WIDTH, Calls, Net, assert_usable, python, rows, seeded
 
 import nnsight
 from nnsight import NNsight, explain
+from nnsight.builtin._gradients.session import Backward
 from nnsight.errors import OutOfOrderError
 from nnsight.joint.captured import CapturedMediator
 from nnsight.kernel.interleaver import Interleaver
@@ -103,6 +104,28 @@ def test_request_that_failed_says_what_was_raised_and_the_trace_what_ended_it(mo
     assert "2 requests, failed after" in text
     assert "raised OutOfOrderError" in text
     assert text.splitlines()[-1].startswith("  ended by OutOfOrderError: Value was missed")
+
+
+@pytest.mark.usefixtures("recording")
+def test_rows_stay_short_and_a_block_that_others_ended_got_no_answer(model):
+    with pytest.raises(OutOfOrderError):
+        with model.trace() as tracer:
+            with tracer.invoke(rows()):
+                _ = model.h[1].output
+                _ = model.h[0].output
+            with tracer.invoke(rows()):
+                _ = model.lm_head.output
+    text, found = told()
+    assert [(request.location, request.got, request.error.split(":")[0]) for request in found.requests] == [
+        ("model.h.1.output", f"float32[2, {WIDTH}]", ""),
+        ("model.lm_head.output", "no answer: the run ended first", ""),
+        ("model.h.0.output", "", "OutOfOrderError"),
+    ]
+    table = text.splitlines()[1:-1]
+    assert len({line.rindex(__file__) for line in table}) == 1
+    assert "raised OutOfOrderError: Value was missed for `model.h.0.output`: " in table[2]
+    assert all("Ask for locations" not in line for line in table)
+    assert "Ask for locations" in found.requests[2].error
 
 
 @pytest.mark.usefixtures("recording")
@@ -259,6 +282,40 @@ def test_gradients_and_cache_go_on_working(model, net):
 
 
 @pytest.mark.usefixtures("recording")
+def test_gradients_are_told_by_the_names_of_their_tensors(model):
+    with model.trace(rows()):
+        hidden = model.h[0].output
+        later = model.h[1].output
+        with model.output.sum().backward():
+            late = later.grad
+            hidden.grad = late * 2
+            with pytest.raises(OutOfOrderError):
+                _ = later.grad
+    text, found = told()
+    assert asked(found)[2:] == [
+        ("read", "model.output", 0, f"float32[2, {2 * WIDTH}]"),
+        ("read", "gradient of `later`", None, f"float32[2, {WIDTH}]"),
+        ("write", "gradient of `hidden`", None, f"float32[2, {WIDTH}]"),
+        ("read", "gradient of `later`", None, ""),
+    ]
+    assert found.requests[3].shape == (2, WIDTH)
+    assert found.requests[3].dtype == torch.float32
+    assert found.requests[-1].error.startswith("OutOfOrderError: Value was missed for the gradient of `later`")
+    assert "gradient of `hidden`" in text
+
+
+@pytest.mark.usefixtures("recording")
+def test_gradients_outside_of_any_trace_are_told_nowhere(model):
+    with model.trace(rows()):
+        hidden = model.h[0].output
+        loss = model.output.sum()
+    with loss.backward():
+        assert hidden.grad.shape == (2, WIDTH)
+    _, found = told()
+    assert [request.location for request in found.requests] == ["model.h.0.output", "model.output"]
+
+
+@pytest.mark.usefixtures("recording")
 def test_threads_are_told_of_their_own_traces(model):
     texts = {}
 
@@ -333,6 +390,8 @@ def test_off_leaves_no_hook_and_no_other_class_behind(model, monkeypatch):
             kind = type(tracer.current_block())
             _ = model.h[1].output
     assert kind is CapturedMediator
+    with torch.ones(2, requires_grad=True).sum().backward() as opened:
+        assert type(opened) is Backward
     assert [request.location for request in told()[1].requests] == ["model.h.0.output"]  # the last that was recorded
 
 

@@ -22,7 +22,14 @@ _plain: Callable[..., Any] | None = None
 
 
 class TracedBackward:
-    """What `tracer.backward` is: the same as `with loss.backward():`, wherever it is called."""
+    """What `tracer.backward` is: the same as `with loss.backward():`, wherever it is called.
+
+    Attributes:
+        kind: the class of the blocks that are opened.
+    """
+
+    def __init__(self) -> None:
+        self.kind = Backward
 
     def __call__(self, tracer: object, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Backward:
         """Open a traced backward pass, as the method of a tracer; arguments as `open`."""
@@ -38,7 +45,7 @@ class TracedBackward:
         """
         mount()
         assert _plain is not None
-        return Backward(tensor, _plain, args, kwargs)
+        return self.kind(tensor, _plain, args, kwargs)
 
     def mount(self) -> None:
         """Let `with loss.backward():` trace, and checkpoints see the edits of a run, from now on."""
@@ -58,7 +65,7 @@ def mount() -> None:
     @functools.wraps(plain)
     def traced_or_plain(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if is_with_item(sys._getframe(1)):
-            return Backward(self, plain, args, kwargs)
+            return backward.kind(self, plain, args, kwargs)
         return plain(self, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     torch.Tensor.backward = traced_or_plain  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, TextIO
 
 _NOTHING = (
@@ -17,6 +18,7 @@ _NOTHING = (
     "some {cost} dearer. Call nnsight.explain.on(), or set NNSIGHT_EXPLAIN=1, and run the trace again."
 )
 _COST = "10 us"
+_LONGEST = 80  # characters of an error in a row of the table
 
 
 @dataclass
@@ -26,7 +28,8 @@ class Request:
     Attributes:
         kind: "read", "write", "skip", "call" (of a module, on the model side), "wait" (for a step or for other blocks)
             or "stop".
-        location: where in the model, `model.transformer.h.3.output`; what was called or waited for.
+        location: where in the model, `model.transformer.h.3.output`; what was called or waited for; "gradient of `h`",
+            with the tensor as the line called it.
         occurrence: which visit of it; None where there is no such thing.
         block: the block that asked: "block", or "invoke at file:line" and the like.
         where: the user's file and line.
@@ -89,7 +92,7 @@ def _row(request: Request) -> list[str]:
     location = request.location
     if request.occurrence is not None:
         location += f" (occurrence {request.occurrence})"
-    got = f"raised {request.error}" if request.error else request.got
+    got = f"raised {shorten(request.error, _LONGEST, placeholder=' ...')}" if request.error else request.got
     got += ", edited in place" * request.is_edited
     return [_ms(request.at), request.block, request.kind, location, got, f"in {_ms(request.seconds)}", request.where]
 
@@ -121,22 +124,27 @@ class Explain:
 
     def on(self) -> None:
         """Record, from the next trace on, what blocks ask for. No value is kept, only what it looks like."""
-        from nnsight.builtin.recording import Recorder  # lazy: needed by nobody who does not record
+        from nnsight.builtin.backward import backward  # lazy: as below
+        from nnsight.builtin.recording import RecordedBackward, Recorder  # lazy: needed by nobody who does not record
         from nnsight.plugins import register
 
         with self._lock:
             if self._recorder is None:
                 self._recorder = Recorder(self._keep)
                 register(self._recorder, "explain")
+                backward.kind = RecordedBackward
 
     def off(self) -> None:
         """Record no more. What was recorded last can still be shown."""
-        from nnsight.plugins import unregister  # lazy: as above
+        from nnsight.builtin._gradients.session import Backward  # lazy: as above
+        from nnsight.builtin.backward import backward
+        from nnsight.plugins import unregister
 
         with self._lock:
             recorder, self._recorder = self._recorder, None
             if recorder is not None:
                 unregister(recorder)
+                backward.kind = Backward
 
     @property
     def is_on(self) -> bool:

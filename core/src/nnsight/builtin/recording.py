@@ -10,17 +10,21 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from nnsight._frames import users_line
 from nnsight._words import CHANGED, describe
+from nnsight.builtin._gradients.reasons import name_of
+from nnsight.builtin._gradients.session import Backward
 from nnsight.builtin.explain import Explanation, Request
 from nnsight.joint.captured import CapturedMediator
-from nnsight.kernel.blocks import line_at
+from nnsight.kernel.blocks import line_at, open_here
 from nnsight.kernel.interleaver import Interleaver
 from nnsight.kernel.mediator import Mediator, StopBlock
+from nnsight.kernel.sides import Unwind
 
 if TYPE_CHECKING:
     from nnsight.tracing.tracer import Tracer
@@ -97,7 +101,9 @@ class _Note:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._record is not None:
             self._request.seconds = time.perf_counter() - self._began
-            if error is not None and not isinstance(error, StopBlock):
+            if isinstance(error, Unwind):
+                self._request.got = "no answer: the run ended first"
+            elif error is not None and not isinstance(error, StopBlock):
                 self._request.error = _first_line(error)
 
     def served(self, value: Any) -> None:
@@ -165,6 +171,31 @@ class _Captured(_Recorded, CapturedMediator):
         if record is not None:
             record.settle(self)
         super()._hand_in()
+
+
+class RecordedBackward(Backward):
+    """The block of a traced backward pass, whose requests are recorded with those of the block around it."""
+
+    def read(self, tensor: torch.Tensor) -> Any:
+        with _of_gradient("read", tensor) as note:
+            value = super().read(tensor)
+            if note is not None:
+                note.got(value)
+        return value
+
+    def write(self, tensor: torch.Tensor, value: Any) -> None:
+        with _of_gradient("write", tensor) as note:
+            if note is not None:
+                note.got(value)
+            super().write(tensor, value)
+
+
+def _of_gradient(kind: str, tensor: torch.Tensor) -> _Note | AbstractContextManager[None]:
+    """Return the note of a request for a gradient; nothing where no block around it is recorded."""
+    seat = next((block for block in open_here() if isinstance(block, _Recorded)), None)
+    if seat is None:
+        return nullcontext()
+    return _Note(seat, kind, None, f"gradient of {name_of(tensor).partition(' (')[0]}")
 
 
 class _Run(Interleaver):
