@@ -367,3 +367,28 @@ def test_module_of_the_users_own_is_padded_on_the_left():
     padding = padding_of(Own(), None, "trace")
     assert (padding.side, padding.refusal, padding.takes_mask) == ("left", "", True)
     assert not kind_of(Own()).is_encoder
+
+
+def test_models_that_mix_rows_when_they_generate_share_no_batch_then():
+    module = build(MIX["rwkv"])
+    model = LanguageModel(module)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = torch.tensor([[5, 17, 99], [7, 120, 64], [31, 2, 8]])
+    expected = [module.generate(prompt[None], **settings)[0] for prompt in prompts]
+    assert not torch.equal(module.generate(prompts, **settings), torch.stack(expected))
+    with pytest.raises(BatchError, match="mixes the rows"), model.generate(**settings) as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                pass
+    found = []
+    with model.generate(**settings, batched=False) as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                found.append(tracer.result[0])
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    logits = []
+    with model.trace() as tracer:  # a single forward has no state to go on from
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                logits.append(value_of(model.output)[0])
+    assert torch.allclose(torch.stack(logits), value_of(module(prompts)), atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from nnsight import BatchError
 from nnsight.protocols import Inputs
 from nnsight_hf.padding import Padding, positions
 
@@ -44,8 +45,10 @@ def align(prompts: Sequence[Prompt], fill: int) -> list[Prompt]:
         fill: the padding token.
 
     Raises:
-        BatchError: they are of different width, and the model cannot be padded.
+        BatchError: they are of different width, and the model cannot be padded, or its rows cannot share a call.
     """
+    if len(prompts) > 1 and prompts[0].padding.rows_refusal:
+        raise BatchError(prompts[0].padding.rows_refusal)
     ids = [prompt.kwargs.get("input_ids") for prompt in prompts]
     if len(prompts) < 2 or any(one is None for one in ids):
         return list(prompts)

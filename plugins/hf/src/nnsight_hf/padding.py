@@ -28,6 +28,12 @@ _MIXES = frozenset({
 })  # fmt: skip
 #: Models that do so, or lose count of positions, in `generate` only.
 _MIXES_IN_GENERATE = frozenset({"git", "minimax", "reformer", "xlnet"})
+#: Models that mix the rows of a batch in `generate`: going on from its state, RWKV shifts in the tokens of all rows.
+_MIXES_ROWS = frozenset({"rwkv"})
+_ROWS_REFUSED = (
+    "Invokes cannot share a batch in `generate` of {model}: it mixes the rows of a batch when it goes on from a state. "
+    "Run them one after another: `batched=False`."
+)
 _REFUSED = (
     "Prompts of different length cannot share a batch in {model}: {reason}. Give them one length, or run them one "
     "after another: `batched=False`, with an invoke for each."
@@ -46,6 +52,7 @@ class Kind:
         counts_from_edge: whether it counts positions from the first column, padding or not.
         fill: the token that it takes for padding by itself, when it counts positions; None for any.
         mixes: whether padding reaches other tokens; `mixes_in_generate` for generation.
+        mixes_rows: whether generation gives other values to a row that has others beside it.
     """
 
     name: str
@@ -56,6 +63,7 @@ class Kind:
     fill: int | None
     mixes: bool
     mixes_in_generate: bool
+    mixes_rows: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,14 @@ class Padding:
         takes_mask: whether the call is given an `attention_mask`.
         takes_positions: whether the call is given `position_ids` where rows are padded on the left.
         refusal: why rows cannot be padded; empty when they can.
+        rows_refusal: why invokes cannot share a batch at all; empty when they can.
     """
 
     side: str = "left"
     takes_mask: bool = True
     takes_positions: bool = False
     refusal: str = ""
+    rows_refusal: str = ""
 
     def pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
         """Return rows as one tensor.
@@ -131,6 +141,7 @@ def _padding(kind: Kind, is_generation: bool, wanted: str) -> Padding:
     return Padding(
         side="right" if is_right else "left", takes_mask=kind.takes_mask or is_generation,
         takes_positions=kind.takes_positions and not is_generation, refusal=refusal,
+        rows_refusal=_ROWS_REFUSED.format(model=kind.name) if is_generation and kind.mixes_rows else "",
     )  # fmt: skip
 
 
@@ -193,6 +204,7 @@ def _look_at(module: nn.Module) -> Kind:
         mixes=model_type in _MIXES
         or (type(module).__module__.startswith("transformers.") and "attention_mask" not in parameters),
         mixes_in_generate=model_type in _MIXES_IN_GENERATE,
+        mixes_rows=model_type in _MIXES_ROWS,
     )
 
 
