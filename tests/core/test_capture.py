@@ -1197,6 +1197,14 @@ def test_file_edited_since_its_import_is_an_error():
             made.run()
 
 
+def test_file_in_which_the_end_of_a_block_has_become_shorter_is_an_error():
+    for after in ("int(2)", "int(2) + 1", "int(2) + 1 * 3", ""):
+        with held_in_main(), module(RELOADED.format(value="int(2) + 1 * int(2)")) as (made, path):
+            rewrite(path, RELOADED.format(value=after) if after else RELOADED.replace("value = {value}", "value = 1"))
+            with raises(CaptureError, "has changed since it was imported"):
+                made.run()
+
+
 def test_file_edited_after_the_block_has_run_once_keeps_running_what_was_imported():
     with held_in_main(), module(RELOADED.format(value=1)) as (made, path):
         assert made.run() == 1

@@ -86,7 +86,7 @@ def _steps(code: CodeType, start: Place, end: Place) -> list[Step]:
     window, extended, is_closed = _window(code, first, last), 0, False
     raw = code.co_code[2 * window.start : 2 * window.stop]
     positions = islice(code.co_positions(), window.start, window.stop)
-    for op, low, (line, end_line, column, end_column) in zip(raw[::2], raw[1::2], positions, strict=True):
+    for op, low, (line, _, column, _) in zip(raw[::2], raw[1::2], positions, strict=True):
         if not op or line is None or not first <= line <= last:  # 0 is CACHE
             continue
         argument = extended << 8 | low
@@ -94,9 +94,9 @@ def _steps(code: CodeType, start: Place, end: Place) -> list[Step]:
             extended = argument
             continue
         extended = 0
-        if column is None or end_line is None:
+        if column is None:
             continue
-        if (line == first and column < start[1]) or (end_line >= last and (end_line, end_column) > end):
+        if line == first and column < start[1]:
             continue
         kind, what = kinds.get(op, _PLAIN)
         was_closed = is_closed
