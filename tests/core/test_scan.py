@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import threading
 import weakref
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from modules import WIDTH, Calls, Net, Structured, assert_idle, assert_usable, plain, rows, run, seeded
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import nnsight
 from nnsight import NNsight, ScanError, save
@@ -134,10 +135,19 @@ def test_edits_in_place_and_by_assignment(net, model):
 
 
 def test_a_shape_that_does_not_fit_is_an_error_of_the_model(net, model):
+    handler = logging.Handler()
+    handler.emit = (logged := []).append
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    logger.addHandler(handler)
     with pytest.raises(RuntimeError) as caught, model.scan(rows()):
         model.h[0].output = torch.zeros(2, 3)
         model.output
     assert not isinstance(caught.value, ScanError)
+    assert not logged  # torch would log what it raises, with all its frames
+    with FakeTensorMode(), pytest.raises(RuntimeError):
+        torch.ones(2, 3) @ torch.ones(4, 2)
+    logger.removeHandler(handler)
+    assert [record.getMessage()[:6] for record in logged] == ["failed"]  # as ever, outside of a scan
     assert_real()
     assert_usable(model, net, rows())
 

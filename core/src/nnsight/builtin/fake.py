@@ -7,6 +7,8 @@ of the time.
 
 from __future__ import annotations
 
+import logging
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,6 +45,16 @@ _NEEDS_VALUES = (
 )
 
 
+def _is_no_scan(record: logging.LogRecord) -> bool:
+    """Return False for what torch logs, with all its frames, of an operation in a scan that fails: it is raised."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        if frame.f_globals is globals():  # torch wraps our method, so its code says nothing
+            return False
+        frame = frame.f_back
+    return True
+
+
 class ScanMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Runs operations on shapes, dtypes and devices alone. What is on the meta device counts as on the CPU."""
 
@@ -51,6 +63,7 @@ class ScanMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         # The real tensors are kept beside their stand-ins: an `id` may be used again otherwise.
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scans = 0
+        logging.getLogger(FakeTensorMode.__module__).addFilter(_is_no_scan)  # once, however often
 
     @staticmethod
     def current() -> ScanMode | None:
