@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from nnsight import LanguageModel, save
+from nnsight import LanguageModel, UnsendableError, save
 
 PROMPT = "the tower is in the city of"
 WORDS = ["<pad>", "<unk>", *PROMPT.split()[1:], "the", "paris", "berlin", "rome", "hello"]
@@ -177,3 +179,10 @@ def test_encoding_is_an_input_and_a_variable(llama, remote):
     expected = llama._module(**words).logits
     torch.testing.assert_close([one, two], [expected, expected])
     assert kinds == ["BatchEncoding", list(words), words.input_ids.shape[1]]
+
+
+def test_tokenizer_that_is_not_the_models_points_to_that(llama):
+    other = copy.deepcopy(llama.tokenizer)
+    with pytest.raises(UnsendableError, match=r"'other'.*of its own\. Use .*: `model\.tokenizer`"):
+        with llama.trace(PROMPT, remote="local"):
+            other.decode([3])

@@ -219,8 +219,15 @@ class Packer:
             data += ["attribute", ["envoy", str(self._root.path)], name]
         elif self.descriptions is not None and self._fill_code(data, value, kind, self.descriptions):
             pass
-        elif not self._fill_instance(data, value, kind):
-            raise self.refusal(value)
+        else:
+            try:
+                is_done = self._fill_instance(data, value, kind)
+            except RefusedError:
+                self._point_to_helper(kind)
+                raise
+            if not is_done:
+                self._point_to_helper(kind)
+                raise self.refusal(value)
 
     def _fill_class(self, data: list[Any], value: type) -> None:
         """Let a class be the one that the other end has under its name: no code is sent."""
@@ -341,6 +348,15 @@ class Packer:
             return None
         helpers: Iterable[str] = getattr(type(self._root), "helpers", ())
         return next((name for name in helpers if getattr(self._root, name, None) is value), None)
+
+    def _point_to_helper(self, kind: type) -> None:
+        """Raise when what cannot travel is of a kind that the model has beside its modules: that one is to be used."""
+        helpers: Iterable[str] = getattr(type(self._root), "helpers", ()) if self.descriptions is not None else ()
+        for name in helpers:
+            if type(getattr(self._root, name, None)) is kind:
+                raise RefusedError(
+                    f"it is a {kind_name(kind)} of its own. Use that of the model, which stays with it: `model.{name}`."
+                )
 
     def refusal(self, value: Any) -> RefusedError:
         """Return the error for a value that cannot travel."""
