@@ -8,6 +8,7 @@ from __future__ import annotations
 from nnsight.payload.container import FORMAT as FORMAT
 from nnsight.payload.instances import attributes as attributes
 from nnsight.payload.instances import can_take as can_take
+from nnsight.payload.library import is_installed as is_installed
 from nnsight.payload.library import register as register
 from nnsight.payload.outside import Outside as Outside
 from nnsight.payload.results import Results as Results

@@ -18,7 +18,7 @@ from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.guard import Guard
 from nnsight_ndif.served import helpers_of, modes, moved
 from nnsight_ndif.shown import Shown
-from nnsight_ndif.values import is_plain
+from nnsight_ndif.values import is_data, is_plain
 
 _MAX_NUMBER = 1 << 24  # in what a helper is given: it may be a length to pad to
 Reply = tuple[Kind, Any]
@@ -86,13 +86,10 @@ class Asked:
                 raise FrameError("a request for gradients is malformed")
 
     def attribute(self, request: Any) -> Reply:
-        """Answer with an attribute of a module, or of the wrapper: whether it is there, and its value."""
+        """Answer with an attribute of a module, or data that its envoy has: whether it is there, and its value."""
         match request:
             case [str(path), None]:
                 return self.value((True, next((p.dtype for p in self.module(path).parameters()), None)))
-            case [None, str(name)]:
-                value = None if name.startswith("_") else vars(self._root).get(name)
-                return self.value((value is not None and is_plain(value), value if is_plain(value) else None))
             case [str(path), str(name)]:
                 return self._module_attribute(path, name)
             case _:
@@ -109,7 +106,8 @@ class Asked:
         if value is missing:
             value = getattr(type(module), name, missing)
             if value is missing:
-                return self.value((False, None))
+                value = vars(self.envoy(path)).get(name, missing)
+                return self.value((True, value) if is_data(value) else (False, None))
             if isinstance(value, property):
                 value = getattr(module, name)
         if callable(value):

@@ -64,6 +64,11 @@ def watch() -> None:
     torch.Tensor.data = property(read, write)  # type: ignore[assignment]
 
 
+def forget() -> None:
+    """Mark nothing any more: what was reached before the block is run was reached by us."""
+    _exposed.clear()
+
+
 def _exposing(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(tensor, torch.Tensor):

@@ -47,7 +47,7 @@ def results(
         return held.known(value) or watch.given(value)
 
     pack = partial(payload.pack_values, root=root, sent=sent, given=given)
-    for number, change in enumerate(watch.changes()):
+    for number, change in enumerate(list(watch.changes())):  # packing reaches for memory, too
         try:
             pack({"": change}, _nowhere)
             values[f"{_CHANGE}{number}"] = change

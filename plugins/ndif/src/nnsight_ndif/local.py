@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from nnsight import Capture, InputError, NNsight, payload
+from nnsight import Capture, InputError, NNsight, UnsendableError, payload
 from nnsight_ndif import job, launch
 from nnsight_ndif.errors import NotInRunnerError, RunnerWarning
 from nnsight_ndif.isolation import Limits
+from nnsight_ndif.kinds import kinds_of
 from nnsight_ndif.seat import Seat
 from nnsight_ndif.served import methods_of, modes_here
 
@@ -90,7 +92,7 @@ class LocalRun(Capture):
             raise NotInRunnerError("Only a part of a wrapped model can be traced in a runner.")
         if not root.dispatched:
             root.dispatch()
-        preload = [name for name in _WORTH_PRELOADING if name in sys.modules]
+        preload = [name for name in (*_WORTH_PRELOADING, *_modules_of(root)) if name in sys.modules]
         runner = launch.zygote(preload).start(self._limits)
         seat = None
         try:
@@ -117,15 +119,28 @@ class LocalRun(Capture):
     def _order(
         self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any], own: payload.Own
     ) -> dict[str, Any]:  # fmt: skip
-        device = root.device or torch.device("cpu")
+        device, kinds, untold = root.device or torch.device("cpu"), kinds_of(root), ""
+        pack = partial(payload.pack_blocks, root, [scope], put, own, self._tell, arguments=self._arguments)
+        try:
+            sent = pack(kinds=kinds)
+        except UnsendableError as error:
+            if not kinds:
+                raise
+            sent, untold = pack(kinds={}), str(error)  # unless the block cannot travel itself, it can do without
         return {
-            "sent": payload.pack_blocks(root, [scope], put, own, self._tell, arguments=self._arguments),
+            "sent": sent, "untold": untold,
             "method": self._method, "path": self._envoy.path, "seed": _seed(), "modes": modes_here(device.type),
             "default_dtype": str(torch.get_default_dtype()).partition(".")[2], "batched": self._batched,
         }  # fmt: skip
 
     def _tell(self, outside: payload.Outside) -> None:
         self._outside = outside
+
+
+def _modules_of(root: NNsight) -> list[str]:
+    """Return the modules of installed packages that define the class of a model."""
+    names = {kind.__module__ for kind in type(root).__mro__}
+    return [name for name in sorted(names) if name in sys.modules and payload.is_installed(sys.modules[name])]
 
 
 def _seed() -> int:

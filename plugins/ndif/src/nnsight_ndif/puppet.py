@@ -268,6 +268,15 @@ class StandInEnvoy(Envoy):
     ) -> Callable[..., Any]:
         return function  # the real model says whether it can be run without
 
+    def _lookup(self, name: str) -> Any:
+        found = super()._lookup(name)
+        untold = getattr(self.root, "untold", "")
+        if found is None and untold:
+            raise NotInRunnerError(
+                f"`{self._path}` has no {name!r} in a runner: the model's own classes are not there. {untold}"
+            )
+        return found
+
     def _tables(self) -> set[int]:
         return self._module._link.held.tables  # type: ignore[union-attr, return-value]
 
@@ -281,7 +290,13 @@ class StandInEnvoy(Envoy):
 
 
 class StandInModel(StandInEnvoy, NNsight):
-    """The model in a runner: preparing, joining and running are done by the real one."""
+    """The model in a runner: preparing, joining and running are done by the real one.
+
+    Attributes:
+        untold: why the model's own envoy classes are not there, "" where they are.
+    """
+
+    untold = ""
 
     def __init__(self, link: Link, description: list[Any]) -> None:
         self.__dict__["_link"] = link
@@ -314,13 +329,6 @@ class StandInModel(StandInEnvoy, NNsight):
 
         kind: Any = type(cls.__name__, (cls,), {name: runs(name) for name in description[-1]})
         return cast("StandInModel", kind(link, description))
-
-    def _lookup(self, name: str) -> Any:
-        found = super()._lookup(name)
-        if found is None and not name.startswith("_"):
-            is_there, value = self._link.ask(Kind.ATTRIBUTE, [None, name])[1]
-            return value if is_there else None
-        return found
 
     def rows(self, tensor: torch.Tensor, batch: Any) -> slice | None:
         joint = batch.joint

@@ -19,6 +19,7 @@ import nnsight
 from nnsight import Mediator, Tracer, payload
 from nnsight_ndif import exposure, job
 from nnsight_ndif.channel import Channel, Kind
+from nnsight_ndif.kinds import give
 from nnsight_ndif.outside import Watch
 from nnsight_ndif.puppet import Helper, Link, StandIn, StandInModel
 from nnsight_ndif.report import describe
@@ -100,8 +101,11 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
         order["sent"], link.incoming.get, find, link.modules.__getitem__, lambda _: torch.device("cpu")
     )
     (block,) = sent.blocks
+    give(model, sent.values["kinds"])
+    model.untold = order["untold"]
     assert sent.outside is not None
     watch = Watch(sent.outside, lambda value: isinstance(value, nnsight.Envoy | StandIn | Helper), exposure.is_exposed)
+    exposure.forget()
     if order["method"] == "session":
         with model.session() as opened:
             block.run(opened)

@@ -89,11 +89,16 @@ def unknown(data: Any) -> FrameError:
 
 def is_plain(value: Any) -> bool:
     """Return whether a value is data of Python's own, through lists, tuples and dicts."""
+    return is_data(value, PLAIN)
+
+
+def is_data(value: Any, kinds: tuple[Any, ...] = (*PLAIN, torch.Tensor, torch.nn.Parameter)) -> bool:
+    """Return whether a value is of some types, through lists, tuples and dicts."""
     if type(value) in (list, tuple):
-        return all(map(is_plain, value))
+        return all(is_data(item, kinds) for item in value)
     if type(value) is dict:
-        return all(type(key) in PLAIN and is_plain(item) for key, item in value.items())
-    return type(value) in PLAIN
+        return all(type(key) in PLAIN and is_data(item, kinds) for key, item in value.items())
+    return type(value) in kinds
 
 
 def _are_ints(content: Any) -> bool:
