@@ -154,8 +154,16 @@ def _tokenize(texts: list[str], tokenizer: Any, module: nn.Module, padding: Padd
             where = f"Prompt {index} of {len(rows)}" if len(rows) > 1 else "The prompt"
             raise InputError(f"{where} is empty: {texts[index]!r} has no tokens. A model needs at least one.")
     fill = {"input_ids": pad_id(tokenizer, module), "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
-    taken = [name for name in encoding if padding.takes_mask or name != "attention_mask"]
+    taken = list(encoding)
+    if "attention_mask" in taken and (not padding.takes_mask or _is_full(encoding["attention_mask"])):
+        taken.remove("attention_mask")  # as if none were given: that is told more cheaply than found in a tensor
     return {name: padding.pad(encoding[name], fill.get(name, 0)) for name in taken}
+
+
+def _is_full(mask: list[list[int]]) -> bool:
+    """Whether rows are of one length and leave out nothing."""
+    width = len(mask[0])
+    return all(len(row) == width and 0 not in row for row in mask)
 
 
 def _finish_ids(
