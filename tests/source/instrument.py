@@ -78,7 +78,10 @@ class _Recording(ast.NodeTransformer):
     def visit_Assign(self, node):
         single = node.targets[0]
         is_single = len(node.targets) == 1 and not isinstance(single, ast.Tuple | ast.List)
-        bound = [(word_of(one), ast.unparse(one)) for target in node.targets for one in _bound(target)]
+        bound = []
+        for one in (leaf for target in node.targets for leaf in _bound(target)):
+            number = sum(word.partition("#")[0] == word_of(one) for word, _ in bound)  # `_, _, x = ...`
+            bound.append((word_of(one) + (f"#{number}" if number else ""), ast.unparse(one)))
         self.generic_visit(node)
         if not self.functions:
             return node

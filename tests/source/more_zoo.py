@@ -51,13 +51,13 @@ ARCHITECTURES = {
 
 
 @functools.cache
-def build(name):
+def build(name, **sizes):
     """Return a tiny random model of an architecture. It is shared: nothing on it may be changed."""
     import transformers
 
-    config, model, sizes = ARCHITECTURES[name]
+    config, model, own = ARCHITECTURES[name]
     torch.manual_seed(0)
-    made = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+    made = getattr(transformers, model)(getattr(transformers, config)(**own, **sizes)).eval()
     with torch.no_grad():  # as initialised, many layers hardly change what passes through them
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
