@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_block_is_read_from_a_file_and_from_parts(model, x, tmp_path):
     assert from_file == play(parts, model)["total"] == large.sum() + model._module(x).sum()
 
 
+def test_sender_needs_no_weights(gpt, tmp_path):
+    gpt._module.save_pretrained(tmp_path)
+    lazy = LanguageModel(str(tmp_path))
+    ids = torch.tensor([[5, 6, 7]])
+    sent = Sent(lazy, "trace", ids)
+    with sent:
+        hidden = lazy.transformer.h[5].output * 2
+    assert not lazy.dispatched
+    assert torch.equal(
+        play(sent.bytes, gpt)["hidden"], gpt._module(ids, output_hidden_states=True).hidden_states[6] * 2
+    )
+
+
 # --- What it is for
 
 
@@ -285,3 +299,22 @@ def test_path_of_a_part_that_is_called_as_the_root_is_its_own():
     assert run.path == "model.model"
     saved = b"".join(payload.write_results({"part": model.model}, model))
     assert payload.Results(saved, model).values["part"] is model.model
+
+
+def test_nothing_is_pickled(model, x, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something is pickled")
+
+    for module, names in (
+        (pickle, ("dump", "dumps", "load", "loads", "Pickler", "Unpickler")),
+        (torch, ("save", "load")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    scale, found = torch.full((8,), WIDTH), {"layers": [model[0], model[2]]}
+    sent = Sent(model, "trace", x)
+    with sent:
+        found["layers"][0].output = found["layers"][0].output * scale
+        hidden = model[1].output
+    answer = b"".join(payload.write_results({"hidden": play(sent.bytes, model)["hidden"]}, model))
+    assert torch.equal(payload.Results(answer).values["hidden"], torch.relu(model._module[0](x) * 3))
