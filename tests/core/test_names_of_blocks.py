@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+import textwrap
+
 import pytest
 import torch
 
@@ -190,3 +193,29 @@ def test_names_in_a_process_of_its_own_are_as_here(net, model, remote):
             third = (model.output * 0 + h.repeat(1, 2)).save()
     assert close(first[:, :8], hidden(net, X)) and close(third[:, :8], hidden(net, Y))
     assert close(second, net.lm_head(net.h[2](hidden(net, X) * 2)))
+
+
+def test_a_function_in_a_block_of_a_module_declares_its_variables_global(model, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(
+        textwrap.dedent("""
+        count = 1
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                count = 2
+
+                def add(by):
+                    global count, new
+                    count += by
+                    new = model.h[0].output
+
+                class Kept:
+                    global other
+                    other = count
+                add(3)
+                seen = count, other, new
+    """)
+    )
+    found = runpy.run_path(str(path), {"model": model, "x": X})
+    assert found["seen"][:2] == (5, 2) and found["seen"][2] is found["new"]
+    assert (found["count"], found["other"]) == (5, 2)

@@ -102,6 +102,8 @@ class Block:
         self.declared_global = frozenset(names.globals)
         if self.is_function:
             self.declared_global |= bound - self.local
+        elif not self.is_class:  # the variables of a module are what functions in the block declare global
+            self.declared_global |= names.inner_globals
         self.bound = bound - self.declared_global
         self.loaded = self._mangled(names.loaded)
         self.deleted = self._mangled(names.deleted)

@@ -19,6 +19,7 @@ class Names(ast.NodeVisitor):
         loaded: names that it or a scope inside reads from it, or from outside.
         deleted: names that it deletes.
         globals: names declared global; `nonlocals`: names declared nonlocal.
+        inner_globals: names that functions and classes inside declare global.
         unmovable: statements that only work in the frame they were written in.
         uses_super: whether `super()` is called in the scope itself.
         has_annotations: whether a name of it is annotated.
@@ -30,6 +31,7 @@ class Names(ast.NodeVisitor):
         self.loaded: set[str] = set()
         self.deleted: set[str] = set()
         self.globals: set[str] = set()
+        self.inner_globals: set[str] = set()
         self.nonlocals: set[str] = set()
         self.unmovable: list[ast.AST] = []
         self.uses_super = self.has_annotations = False
@@ -94,6 +96,7 @@ class Names(ast.NodeVisitor):
         inner = Names().scan(node.body)
         self.loaded |= inner.loaded - inner.globals - {"__class__"}  # its methods mean the class itself
         self.rebound |= inner.nonlocals | inner.rebound
+        self.inner_globals |= inner.globals | inner.inner_globals
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
         self.visit(node.generators[0].iter)  # computed outside
@@ -109,6 +112,7 @@ class Names(ast.NodeVisitor):
         self.loaded |= inner.loaded - targets
         self.bound |= inner.bound  # a walrus binds outside
         self.rebound |= inner.rebound
+        self.inner_globals |= inner.inner_globals
         self.unmovable += inner.unmovable
         self.uses_super |= inner.uses_super
 
@@ -119,6 +123,7 @@ class Names(ast.NodeVisitor):
         self.loaded |= inner.loaded - own - inner.globals
         self.rebound |= inner.nonlocals | inner.rebound - own
         self.deleted |= inner.deleted - own - inner.globals
+        self.inner_globals |= inner.globals | inner.inner_globals
 
     def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:
