@@ -205,6 +205,23 @@ def test_many_values_of_a_loop_come_back(gpt, ids, remote):
     assert by_layer[0] == hidden[0].norm()
 
 
+def test_container_of_saved_values_needs_no_mark(gpt, ids, remote):
+    with gpt.trace(ids, remote=remote):
+        hidden = [block.output.save() for block in gpt.transformer.h]
+        named = {"logits": gpt.lm_head.output.save(), "pairs": [(0, hidden[0])], "n": 3}
+    outputs = gpt._module(ids, output_hidden_states=True)
+    assert torch.equal(hidden[0], outputs.hidden_states[1])
+    assert torch.equal(named["logits"], outputs.logits)
+    assert named["pairs"][0][1] is hidden[0] and named["n"] == 3
+
+
+def test_container_with_something_that_was_not_saved_stays(net, x):
+    with net.trace(x, remote="local"):
+        first = net[0].output
+        both, constants, empty = [first, net.output.save()], [1, 2], []
+    assert not {"both", "constants", "empty", "first"} & locals().keys()
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [

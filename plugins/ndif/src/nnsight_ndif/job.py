@@ -14,11 +14,13 @@ from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held
 from nnsight_ndif.outside import Watch
 from nnsight_ndif.shown import Shown
+from nnsight_ndif.values import PLAIN
 from nnsight_ndif.window import Window
 from nnsight_ndif.wire import Special
 
 #: What the names of changes begin with: no name of a block does.
 _CHANGE = "#"
+_MAX_DEPTH = 20
 
 
 def results(
@@ -40,7 +42,7 @@ def results(
         NotInRunnerError: a value cannot come back.
     """
     _, edits = held.begin()
-    values = {name: value for name, value in bound.items() if id(value) in saved}
+    values = {name: value for name, value in bound.items() if _is_saved(value, saved)}
     lost = []
 
     def given(value: Any) -> Any:
@@ -57,6 +59,16 @@ def results(
         return [edits, pack(values, window.put), watch.paths(), lost]
     except UnsendableError as error:
         raise NotInRunnerError(str(error)) from None
+
+
+def _is_saved(value: Any, saved: dict[int, Any], depth: int = 0) -> bool:
+    """Return whether a value was marked, or is a container of nothing but what was, and of constants beside it."""
+    if id(value) in saved:
+        return True
+    if type(value) not in (list, tuple, dict) or depth > _MAX_DEPTH:
+        return False
+    items = [item for item in (value.values() if type(value) is dict else value) if type(item) not in PLAIN]
+    return bool(items) and all(_is_saved(item, saved, depth + 1) for item in items)
 
 
 def _nowhere(piece: torch.Tensor) -> int:
