@@ -100,6 +100,66 @@ def test_frame_that_no_block_sends_ends_the_job(net, x, name):
         send(net, x, *MALFORMED[name])
 
 
+def done(values, paths=None, lost=(), shared=(), edits=()):
+    tables = {"values": values, "shared": list(shared), "tensors": [[], []]}
+    return [list(edits), tables, paths or {}, list(lost)]
+
+
+def change(place, kind, *parts):
+    return {"#0": ["tuple", ["given", place] if isinstance(place, Special) else place, kind, *parts]}
+
+
+FOUND, WEIGHT = [["value", "found"], []], [["value", "module"], [["attr", "_parameters"], ["nth", 0]]]
+RESULTS = {
+    "nothing": None,
+    "no_tables": [[], {}, {}, []],
+    "a_name_that_the_block_does_not_bind": done({"torch": 1}),
+    "a_value_of_no_kind": done({"held": ["pickle", "gASV"]}),
+    "code": done({"held": ["function", 99]}),
+    "an_import": done({"held": ["import", "os", "system"]}),
+    "a_tensor_that_is_not_there": done({"held": ["tensor", 0]}),
+    "an_object_without_a_path": done({"held": ["given", Special("outside", 3)]}),
+    "a_path_from_no_variable": done({"held": ["given", Special("outside", 3)]}, {3: [["value", "torch"], []]}),
+    "a_path_from_a_global": done({"held": ["given", Special("outside", 3)]}, {3: [["global", 0, "__builtins__"], []]}),
+    "a_path_that_is_none": done({"held": ["given", Special("outside", 3)]}, {3: 7}),
+    "a_path_into_the_model": done(change(3, "data", ["tensor", 0]), {3: WEIGHT}),
+    "a_path_to_the_model": done({"held": ["given", Special("outside", 3)]}, {3: [["value", "module"], []]}),
+    "a_path_into_a_class": done(change(3, "pairs", ["list"]), {3: [["value", "found"], [["attr", "__class__"]]]}),
+    "a_path_into_a_function": done(
+        change(3, "pairs", ["list"]), {3: [["global", 0, "done"], [["attr", "__globals__"]]]}
+    ),
+    "a_path_beyond_the_end": done(change(3, "items", ["list"]), {3: [["value", "found"], [["item", 5]]]}),
+    "keys_for_a_list": done(change(3, "pairs", ["list"]), {3: FOUND}),
+    "attributes_for_a_list": done(change(3, "fields", ["dict", "append", 1], ["list"]), {3: FOUND}),
+    "bytes_for_a_list": done(change(3, "data", ["bytes", ""]), {3: FOUND}),
+    "a_gradient_for_a_list": done(change(3, "grad", 1), {3: FOUND}),
+    "a_change_of_no_kind": done(change(3, "exec", "1"), {3: FOUND}),
+    "a_change_without_content": done(change(3, "items"), {3: FOUND}),
+    "a_change_that_is_none": done({"#0": 5}, {3: FOUND}),
+    "a_variable_of_the_blocks_own": done(change(["tuple", "value", "found"], "bound", 1)),
+    "a_variable_that_is_not_there": done(change(["tuple", "global", 0, "__builtins__"], "bound", 1)),
+    "a_variable_that_the_block_does_not_use": done(change(["tuple", "global", 0, "MALFORMED"], "bound", 1)),
+    "a_namespace_that_is_not_there": done(change(["tuple", "global", 99, "found"], "bound", 1)),
+    "a_cell_before_the_first": done(change(["tuple", "cell", -1], "bound", 1)),
+    "a_loss_of_nothing": done({}, lost=[[7, "why"]]),
+    "a_loss_that_is_none": done({}, lost=["why"]),
+    "an_edit_of_what_was_not_shown": done({}, edits=[[999, ["float32", [3, 8], 0], True, None]]),
+}
+
+
+@pytest.mark.parametrize("name", list(RESULTS))
+def test_result_that_no_block_has_ends_the_job(net, x, name):
+    body = encode(RESULTS[name])
+    frame, found, module = b"\x0d" + len(body).to_bytes(4, "little") + body, [1], net._module
+    held = None
+    with pytest.raises(RunnerError):
+        with net.session(remote="local"):
+            held = [found, module, torch, done].save()
+            net._link.channel._socket.sendall(frame)
+            net._link.channel.receive()
+    assert found == [1] and held is None
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnsight import InputError, MissedProviderError, NNsight, NNsightError, OutOfOrderError
+from nnsight import InputError, MissedProviderError, NNsight, NNsightError, OutOfOrderError, save
 
 
 def here_and_there(program):
@@ -644,6 +644,28 @@ def test_index_out_of_range_is_refused_before_the_lookup(gpt, ids):
     with pytest.raises(InputError, match="128 entries"):
         with gpt.trace(ids, remote="local"):
             gpt.transformer.wte(torch.tensor([-5]))
+    with pytest.raises(IndexError, match="128 entries"):
+        with gpt.transformer.trace(torch.tensor([[3, 128]]), remote="local"):
+            gpt.transformer.output
+
+
+def test_bag_of_indices_is_checked():
+    model = NNsight(torch.nn.Sequential(torch.nn.EmbeddingBag(4, 2)))
+    with model.trace(torch.tensor([[0, 1], [2, 3]]), remote="local"):
+        result = model.output.save()
+    assert torch.equal(result, model._module(torch.tensor([[0, 1], [2, 3]])))
+    with pytest.raises(IndexError, match="4 entries"):
+        with model.trace(torch.tensor([[0, 1], [2, 4]]), remote="local"):
+            model.output
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_argument_is_added(gpt, ids, remote):
+    with gpt.trace(ids, remote=remote):
+        args, kwargs = gpt.transformer.inputs
+        gpt.transformer.inputs = args, {**kwargs, "output_hidden_states": True}
+        hidden = save(gpt.transformer.output.hidden_states[1])
+    assert torch.equal(hidden, gpt._module(ids, output_hidden_states=True).hidden_states[1])
 
 
 def test_unknown_place_is_an_error(net, x):

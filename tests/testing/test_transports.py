@@ -24,7 +24,6 @@ MODEL = "a block in a runner cannot change the model"
 class TestLocal(TransportConformance):
     transport = Transport("local", {"remote": "local"})
 
-    test_argument_that_was_not_given_is_added = dropped(KEEPS, raises=InputError)
     test_value_of_another_shape_and_dtype_flows_on = dropped(KEEPS, raises=InputError)
     test_weights_are_changed = dropped(MODEL, raises=InputError)
     test_module_is_attached = dropped(MODEL, raises=NotImplementedError)

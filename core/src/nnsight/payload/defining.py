@@ -19,7 +19,7 @@ from nnsight.errors import PayloadError
 from nnsight.payload import library
 from nnsight.payload.classes import codes_in, compile_class, functions_of
 from nnsight.payload.names import eager_names, global_names
-from nnsight.payload.outside import Outside
+from nnsight.payload.outside import Outside, changeable
 from nnsight.payload.sources import FUTURES, Source, compile_function, remember_lines
 from nnsight.payload.unpacking import Unpacker
 
@@ -61,6 +61,8 @@ class Definitions:
                     self._names.append(dict(names))
                 case _:
                     raise PayloadError("A namespace in this payload is malformed.")
+        spaces = zip(self._modules, self._names, strict=True)
+        self._known = [(vars(module), changeable(names)) for module, names in spaces]
         self._made: dict[tuple[str, int], Any] = {}
         self._made_cells: dict[int, types.CellType] = {}
         self._making: set[int] = set()
@@ -109,7 +111,7 @@ class Definitions:
         mine: set[Any] = {("cell", numbers[id(cell)]) for name, cell in live.items() if name in own}
         mine |= {("global", namespace, name) for name in own}
         cells = [self.cell(number) for number in range(len(self._cells))]
-        return Outside(values, cells, [vars(module) for module in self._modules], mine)
+        return Outside(values, cells, mine, self._known)
 
     def cell(self, number: Any) -> types.CellType:
         """Return a variable that functions share; it gets its content by `fill`."""

@@ -18,7 +18,7 @@ from nnsight.capture.cells import Scope
 from nnsight.payload import library
 from nnsight.payload.classes import ClassSource, class_source, named_fields
 from nnsight.payload.names import attributes_of, eager_names, global_names
-from nnsight.payload.outside import Outside
+from nnsight.payload.outside import Outside, changeable
 from nnsight.payload.packing import Packer, RefusedError
 from nnsight.payload.sources import NoSourceError, function_source, parse_source
 
@@ -97,12 +97,14 @@ class Descriptions:
         """Return what a block that was packed finds outside of itself."""
         values, live, namespace = scope.outside()
         cells = [cell for cell, _ in self._cell_numbers.values()]
-        namespaces = [values for values, _ in self._namespace_numbers.values()]
+        namespaces = [
+            (values, changeable(self.namespaces[number][1])) for values, number in self._namespace_numbers.values()
+        ]
         block = scope.block
         own: set[Any] = {("cell", self._cell_numbers[id(live[name])][1]) for name in live.keys() & block.bound}
         number = self.namespace(namespace)
         own |= {("global", number, name) for name in block.bound | block.declared_global}
-        return Outside(values, cells, namespaces, own)
+        return Outside(values, cells, own, namespaces)
 
     # -- what code refers to -----------------------------------------------------------------------------------------
 

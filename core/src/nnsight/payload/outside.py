@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import CellType
 from typing import Any
 
 #: What both ends call a variable: `("value", name)`, `("cell", number)` or `("global", number, name)`.
 Key = tuple[Any, ...]
+
+
+def changeable(names: Iterable[str]) -> list[str]:
+    """Return the names of a file that a block may bind there: all but those that Python gives a meaning."""
+    return [name for name in names if not (name.startswith("__") and name.endswith("__"))]
 
 
 class Outside:
@@ -16,13 +21,14 @@ class Outside:
     Args:
         values: those of the function around it that nobody else shares.
         cells: those that functions share.
-        namespaces: the globals of the files that something in the payload is from.
         own: the variables that the block binds itself.
+        namespaces: the globals of the files that something in the payload is from, and the names in them that travel.
     """
 
     def __init__(
-        self, values: dict[str, Any], cells: Sequence[CellType], namespaces: Sequence[dict[str, Any]], own: set[Key]
-    ) -> None:
+        self, values: dict[str, Any], cells: Sequence[CellType], own: set[Key],
+        namespaces: Sequence[tuple[dict[str, Any], Collection[str]]],
+    ) -> None:  # fmt: skip
         self._values = values
         self._cells = cells
         self._namespaces = namespaces
@@ -37,10 +43,10 @@ class Outside:
                 yield ("cell", number), cell.cell_contents
             except ValueError:
                 continue  # not bound
-        for number, namespace in enumerate(self._namespaces):
-            for name, value in list(namespace.items()):
-                if not (name.startswith("__") and name.endswith("__")):
-                    yield ("global", number, name), value
+        for number, (namespace, names) in enumerate(self._namespaces):
+            for name in names:
+                if name in namespace:
+                    yield ("global", number, name), namespace[name]
 
     def is_shared(self, key: Key) -> bool:
         """Return whether others than the block may bind a variable: it is not one of the block's own."""
@@ -60,8 +66,8 @@ class Outside:
                     return self._cells[number].cell_contents
                 except ValueError:
                     raise LookupError(f"the variable {number} is not bound") from None
-            case ["global", int(number), str(name)] if number >= 0:
-                return self._namespaces[number][name]
+            case ["global", int(number), str(name)] if number >= 0 and name in self._namespaces[number][1]:
+                return self._namespaces[number][0][name]
         raise LookupError(f"no variable is called {key!r}")
 
     def bind(self, key: Any, value: Any) -> None:
@@ -75,6 +81,6 @@ class Outside:
                 self._cells[number].cell_contents = value
             case ["global", int(number), str(name)] if number >= 0 and self.is_shared(tuple(key)):
                 self.get(key)  # names that were not there are not made
-                self._namespaces[number][name] = value
+                self._namespaces[number][0][name] = value
             case _:
                 raise LookupError(f"no variable is called {key!r}")

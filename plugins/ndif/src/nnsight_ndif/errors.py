@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnsight import NNsightError
+from nnsight import InputError, NNsightError
 
 
 class RunnerError(NNsightError, RuntimeError):
@@ -15,6 +15,10 @@ class RunnerTimeoutError(RunnerError, TimeoutError):
 
 class FrameError(RunnerError, ValueError):
     """A message from a runner is malformed, too large, or asks for something that is not there."""
+
+
+class IndexRangeError(InputError, IndexError):
+    """A module that looks indices up was given one that it has not."""
 
 
 class IsolationError(RunnerError, OSError):

@@ -1,7 +1,7 @@
 """A check of indices before a module looks them up: out of range they would end a CUDA context, not just the call.
 
 It takes a seat of its own in every run that a runner's block takes part in, behind all other blocks, and looks at what
-embeddings are given once the block has written anything. At the same places it looks at the clock: a generation that
+embeddings are given: the input comes from the runner, too. At the same places it looks at the clock: a generation that
 the block asked for must end at the job's deadline, too, although nobody waits for a message then.
 """
 
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsight import InputError, Interleaver, Mediator, NNsight, current_run
+from nnsight import Interleaver, Mediator, NNsight, current_run
+from nnsight_ndif.errors import IndexRangeError
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class Guard:
@@ -23,16 +26,12 @@ class Guard:
     Args:
         root: the model.
         check_time: raises when the job has taken too long.
-
-    Attributes:
-        has_written: whether the block has put anything in place of the model's own.
     """
 
     def __init__(self, root: NNsight, check_time: Callable[[], None]) -> None:
         self.check_time = check_time
-        known = [envoy for _, envoy in root.named_modules() if isinstance(envoy._module, nn.Embedding)]
+        known = [envoy for _, envoy in root.named_modules() if isinstance(envoy._module, _EMBEDDINGS)]
         self._watched = [root, *(envoy for envoy in known if envoy is not root)]
-        self.has_written = False
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that takes the seats in the run it is called in, and then does what `function` does."""
@@ -52,12 +51,10 @@ class Guard:
         """Raise when a call of a module would look up what is not there.
 
         Raises:
-            InputError: an index is out of range.
+            IndexRangeError: an index is out of range.
         """
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, _EMBEDDINGS):
             check(module, arguments)
-        else:
-            self.has_written = True
 
 
 class _Seat(Mediator):
@@ -82,7 +79,7 @@ class _Seat(Mediator):
         run = self.run
         assert run is not None
         self._guard.check_time()
-        if self._guard.has_written and isinstance(self._module, nn.Embedding):
+        if isinstance(self._module, _EMBEDDINGS):
             check(self._module, run.value)
         self._wait()
 
@@ -95,14 +92,15 @@ def check(module: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Non
     """Raise when an embedding is given an index that it has not.
 
     Raises:
-        InputError: it is.
+        IndexRangeError: it is.
     """
     args, kwargs = arguments
-    for value in (*args, *kwargs.values()):
+    values = (*args, *kwargs.values())
+    for value in values[:1]:  # what follows are the offsets and weights of bags
         if isinstance(value, torch.Tensor) and not value.is_floating_point() and value.numel():
             low, high = (int(bound) for bound in torch.aminmax(value.detach()))
             if low < 0 or high >= module.num_embeddings:
-                raise InputError(
+                raise IndexRangeError(
                     f"An embedding of {module.num_embeddings} entries was given the indices {low} to {high}: they go "
                     f"from 0 to {module.num_embeddings - 1}."
                 )

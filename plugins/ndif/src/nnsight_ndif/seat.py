@@ -24,7 +24,7 @@ from nnsight_ndif.inside import Inside
 from nnsight_ndif.launch import Runner
 from nnsight_ndif.report import describe, rebuild
 from nnsight_ndif.served import describe_tree, merged, modes, moved, served
-from nnsight_ndif.shown import Shown, fit
+from nnsight_ndif.shown import Shown, fit, fit_arguments
 
 _MAX_PREPARED = 10_000
 _MAX_WANTED = 100_000
@@ -267,8 +267,8 @@ class Seat:
             device = next((t.device for t in self._asked.module(path).parameters()), torch.device("cpu"))
             block.skip(number, moved(value, device))
         else:
-            self._guard.has_written = True
-            block.write(number, fit(value, block.run.value, str(location)))
+            given = fit_arguments if location.port == "input" else fit
+            block.write(number, given(value, block.run.value, str(location)))
 
     def _locations(self, block: Mediator, wanted: list[Any]) -> dict[int, int]:
         found: dict[int, int] = {}

@@ -16,6 +16,7 @@ from torch import nn
 from nnsight import InputError, NNsight
 from nnsight_ndif.edges import Edges
 from nnsight_ndif.errors import FrameError
+from nnsight_ndif.served import moved
 from nnsight_ndif.values import PLAIN, pack_simple, unknown, unpack_simple
 from nnsight_ndif.window import Window
 from nnsight_ndif.wire import Special
@@ -309,6 +310,29 @@ def fit(new: Any, old: Any, where: str) -> Any:
             raise InputError(f"`{where}` has the keys {list(old)}; the block assigned {list(new)}.")
         return {key: fit(item, old[key], f"{where}[{key!r}]") for key, item in new.items()}
     return new
+
+
+def fit_arguments(new: Any, old: Any, where: str) -> Any:
+    """Return arguments to put in the place of others. Keyword arguments may be added: a call may be given any.
+
+    Args:
+        new: `(args, kwargs)`, from a block.
+        old: stand there.
+        where: what messages call the place.
+
+    Raises:
+        InputError: they are none, or one that was there has another structure, shape or dtype.
+    """
+    match new:
+        case (tuple(args), dict(kwargs)) if all(type(name) is str for name in kwargs):
+            pass
+        case _:
+            raise InputError(f"`{where}` holds (args, kwargs); the block assigned {_describe(new)}.")
+    device = next((t.device for t in (*old[0], *old[1].values()) if isinstance(t, torch.Tensor)), torch.device("cpu"))
+    added = {name: moved(value, device) for name, value in kwargs.items() if name not in old[1]}
+    kept = {name: value for name, value in kwargs.items() if name in old[1]}
+    fitted = fit((args, kept), old, where)
+    return fitted[0], {**fitted[1], **added}
 
 
 def _is(value: Any, before: Any) -> bool:
