@@ -11,7 +11,7 @@ import torch
 from modules import Calls, Net, assert_usable, python, rows, seeded
 from torch import nn
 
-from nnsight import CONFIG, NNsight
+from nnsight import CONFIG, CacheWarning, NNsight
 from nnsight.errors import (
     CaptureError,
     MissedProviderError,
@@ -238,6 +238,50 @@ def test_request_outside_of_a_trace_ends_at_the_users_line(model):
     with pytest.raises(OutsideTraceError) as caught:
         _ = model.h[0].output  # outside
     assert_ends_here(caught.value, "# outside")
+
+
+@pytest.fixture
+def cached(model):
+    with model.trace(rows()) as tracer:
+        cache = tracer.cache(modules=[model.h[0]])
+    return cache
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model, cache: model.transformre,
+        lambda model, cache: model.h[9],
+        lambda model, cache: model.export_edits("name"),
+        lambda model, cache: model.import_edits("name", "/nowhere"),
+        lambda model, cache: NNsight(3),
+        lambda model, cache: NNsight(model._module, rename={"h": "emb"}),
+        lambda model, cache: NNsight(model._module, envoys={"h": 3}),
+        lambda model, cache: cache["h.1"],
+        lambda model, cache: cache.model.h[2],
+        lambda model, cache: cache["h.0"].inputs,
+        lambda model, cache: cache.step(3),
+        lambda model, cache: cache.save("/nowhere/at/all"),
+        lambda model, cache: type(cache).load("/nowhere/at/all"),
+    ],
+)
+def test_what_is_asked_outside_of_blocks_ends_at_the_users_line(model, cached, ask):
+    with pytest.raises(Exception) as caught:
+        ask(model, cached)
+    assert type(caught.value).__module__ in ("nnsight.errors", "builtins")
+    assert_ends_here(caught.value, "lambda model, cache:")
+
+
+def test_warning_of_a_cache_that_cannot_be_saved_whole_is_at_the_users_line(tmp_path):
+    class Holding(nn.Module):
+        def forward(self, x):
+            return x, len
+
+    with NNsight(Holding()).trace(rows()) as tracer:
+        cache = tracer.cache()
+    with pytest.warns(CacheWarning, match="without pickle") as caught:
+        cache.save(tmp_path / "file")  # saved in part
+    assert (caught[0].filename, caught[0].lineno) == (__file__, line_of("saved in part"))
 
 
 def test_unusable_input_and_a_tracer_used_twice_end_at_the_with(model):

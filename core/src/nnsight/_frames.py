@@ -7,12 +7,18 @@ after it the user's frame is the next. `CONFIG.APP.DEBUG` (or `NNSIGHT_DEBUG=1`)
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from types import FrameType, TracebackType
+from typing import ParamSpec, TypeVar
 
 from nnsight._known import KNOWN
 from nnsight.config import CONFIG
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: The top-level packages whose frames are left out. What a third party registers is not ours: it may be the user's.
 _OURS = frozenset({"nnsight", *(f"nnsight_{name}" for name in KNOWN["nnsight"])})
@@ -35,6 +41,20 @@ def hide(error: BaseException) -> None:
         pending += (one.__cause__, one.__context__)
         if isinstance(one, BaseExceptionGroup):
             pending += one.exceptions
+
+
+def at_users_line(function: Callable[P, R]) -> Callable[P, R]:
+    """Let what a function raises, which users call outside of blocks, end at their line."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            hide(error)
+            raise
+
+    return called
 
 
 def _without_ours(traceback: TracebackType | None) -> TracebackType | None:

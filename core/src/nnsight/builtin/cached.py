@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
+from nnsight._frames import at_users_line
 from nnsight._words import describe, nearest
 from nnsight.builtin.paths import Table, table_of
 from nnsight.builtin.sizes import readable, size_of
@@ -52,16 +53,19 @@ class Entry:
         return tuple(visits.values())
 
     @property
+    @at_users_line
     def output(self) -> Any:
         """What the module's caller got, at its only visit."""
         return self._only("output").output
 
     @property
+    @at_users_line
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the module's caller passed at its only visit: `(args, kwargs)`."""
         return self._only("inputs").inputs
 
     @property
+    @at_users_line
     def input(self) -> Any:
         """The first argument passed, at the only visit."""
         return self._only("input").input
@@ -76,11 +80,13 @@ class Entry:
             )
         return steps[0]
 
+    @at_users_line
     def __getattr__(self, name: str) -> Entry:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._child(name)
 
+    @at_users_line
     def __getitem__(self, key: int | str) -> Entry:
         if isinstance(key, int) and key < 0:
             names = self._cache._children(self._path) or self._cache._children(self._second or "")
@@ -134,6 +140,7 @@ class Cache:
 
     # -- by path -----------------------------------------------------------------------------------------------------
 
+    @at_users_line
     def __getitem__(self, path: Any) -> Entry:
         """Return the entry of a module: by path, from the root or below it, any of its names, or by what has one."""
         found = self._find(path)
@@ -144,6 +151,7 @@ class Cache:
     def __contains__(self, path: object) -> bool:
         return (isinstance(path, str) or hasattr(path, "path")) and self._find(path) in self._index()
 
+    @at_users_line
     def __getattr__(self, name: str) -> Entry:
         if name.startswith("_"):
             raise AttributeError(f"'Cache' object has no attribute {name!r}")
@@ -177,6 +185,7 @@ class Cache:
         """Return paths and entries of the modules visited."""
         return list(zip(self.keys(alias), self.values(), strict=True))
 
+    @at_users_line
     def step(self, occurrence: int) -> Cache:
         """Return a cache of the visits with one number, counted from 0: in a generation those of that step.
 
@@ -195,6 +204,7 @@ class Cache:
         """Return path -> one dict per visit, with `output` and `inputs` as far as they were kept."""
         return {path: [visit._as_dict() for visit in visits.values()] for path, visits in self._index().items()}
 
+    @at_users_line
     def save(self, file: str | PathLike[str] | None = None) -> Cache:
         """Write the cache to a file (safetensors), or, without one, mark it as what must come back from the block.
 
@@ -217,6 +227,7 @@ class Cache:
         return self
 
     @classmethod
+    @at_users_line
     def load(cls, file: str | PathLike[str]) -> Cache:
         """Read a cache that was saved to a file.
 

@@ -73,7 +73,7 @@ def write(cache: Cache, file: str | os.PathLike[str]) -> None:
         warnings.warn(
             f"{str(path)!r} lacks what cannot be written without pickle: {', '.join(sorted(packer.left_out))}.",
             CacheWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

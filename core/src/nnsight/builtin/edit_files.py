@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnsight._frames import at_users_line
 from nnsight.builtin import tensorfile
 from nnsight.builtin.edit import Edit
 from nnsight.config import CONFIG
@@ -37,6 +38,7 @@ _OUTSIDE = (
 def export_edits(envoy: Envoy) -> Callable[..., Path]:
     """Return the method `model.export_edits(name, export_dir=None, variant="__default__")`."""
 
+    @at_users_line
     def export(name: str, export_dir: str | os.PathLike[str] | None = None, variant: str = "__default__") -> Path:
         """Write all edits of the model to a file, as source and tensors.
 
@@ -83,6 +85,7 @@ def export_edits(envoy: Envoy) -> Callable[..., Path]:
 def import_edits(envoy: Envoy) -> Callable[..., None]:
     """Return the method `model.import_edits(name, export_dir=None, variant="__default__")`."""
 
+    @at_users_line
     def load(name: str, export_dir: str | os.PathLike[str] | None = None, variant: str = "__default__") -> None:
         """Add edits from a file to this wrapper, after those it has. They are code: import only what you trust.
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
+from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,11 +88,7 @@ def open_block(frame: FrameType, mediator: Block) -> None:
 def _abandon_dead(frame: FrameType) -> None:
     """Close what an interrupt has left open between a body and its `__exit__`: blocks whose frame is gone."""
     ident = threading.get_ident()
-    alive: set[FrameType] = set()
-    above: FrameType | None = frame
-    while above is not None:
-        alive.add(above)
-        above = above.f_back
+    alive = {above for above, _ in walk_stack(frame)}
     for other, blocks in list(open_blocks.items()):
         code = other.f_code
         if other in alive or code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):

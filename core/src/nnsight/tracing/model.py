@@ -7,12 +7,12 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
-from typing import Any, Concatenate, ParamSpec, Self, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, cast
 
 import torch
 from torch import nn
 
-from nnsight._frames import hide
+from nnsight._frames import at_users_line, hide
 from nnsight._wrappable import check_module
 from nnsight.capture.callsite import is_with_item
 from nnsight.config import CONFIG
@@ -36,6 +36,10 @@ NO_INPUT = (
 
 class Envoy(kernel.Envoy):
     """Mirrors one module, and can be traced on its own."""
+
+    if not TYPE_CHECKING:  # type checkers want a `def`, which the base class has
+        __getattr__ = at_users_line(kernel.Envoy.__getattr__)
+        __getitem__ = at_users_line(kernel.Envoy.__getitem__)
 
     def trace(
         self, *args: Any, trace: bool = True, fn: Callable[..., Any] | str | None = None, remote: Any = False,
@@ -169,6 +173,7 @@ class NNsight(Envoy):
     #: Whether the weights are loaded. A module that was given has them; classes that load lazily say when.
     dispatched: Any = True
 
+    @at_users_line
     def __init__(self, module: nn.Module, rename: Any = None, envoys: Any = None, strict_rename: bool = False) -> None:
         if isinstance(module, kernel.Envoy):
             raise WrapError(f"`{module.path}` is wrapped already; use it as it is, or wrap its `._module`.")
