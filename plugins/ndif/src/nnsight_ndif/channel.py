@@ -40,6 +40,7 @@ class Kind(IntEnum):
     RAISED = 14  # the job is over: an exception
     SOURCE = 16  # tell of a function inside a module's forward
     HELP = 15  # call a method of what stands beside the model, a tokenizer
+    PART = 17  # of a result that is too large to cross at once
 
     JOB = 32  # the first frame: what to run
     VALUE = 33

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from nnsight import PayloadError, UnsendableError, payload
+from nnsight_ndif import parts
 from nnsight_ndif.changed import Changed
 from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held
 from nnsight_ndif.outside import Watch
+from nnsight_ndif.parts import Parts
 from nnsight_ndif.shown import Shown
 from nnsight_ndif.values import PLAIN
 from nnsight_ndif.window import Window
@@ -24,8 +26,8 @@ _MAX_DEPTH = 20
 
 
 def results(
-    bound: dict[str, Any], saved: dict[int, Any], held: Held, window: Window, root: Any, sent: payload.SentBlocks,
-    watch: Watch,
+    bound: dict[str, Any], saved: dict[int, Any], held: Held, window: Window, ask: Callable[[Any], Any], root: Any,
+    sent: payload.SentBlocks, watch: Watch,
 ) -> list[Any]:  # fmt: skip
     """Return as data what comes back of a block: what its names are bound to, where that was saved; and its changes.
 
@@ -34,6 +36,7 @@ def results(
         saved: what it has marked, by `id`.
         held: what came from the model.
         window: to lay down tensors in.
+        ask: sends a part of what is too large for that, and waits until it has arrived.
         root: the stand-in of the model.
         sent: the block as it was received.
         watch: what it found outside of itself.
@@ -41,12 +44,16 @@ def results(
     Raises:
         NotInRunnerError: a value cannot come back.
     """
-    _, edits = held.begin()
+    pieces: list[torch.Tensor] = []
     values = {name: value for name, value in bound.items() if _is_saved(value, saved)}
     lost = []
 
     def given(value: Any) -> Any:
         return held.known(value) or watch.given(value)
+
+    def put(piece: torch.Tensor) -> int:
+        pieces.append(piece)
+        return len(pieces) - 1
 
     pack = partial(payload.pack_values, root=root, sent=sent, given=given)
     for number, change in enumerate(list(watch.changes())):  # packing reaches for memory, too
@@ -56,9 +63,13 @@ def results(
         except UnsendableError as error:
             lost.append([change[0], str(error).partition(": ")[2]])
     try:
-        return [edits, pack(values, window.put), watch.paths(), lost]
+        data = pack(values, put)
     except UnsendableError as error:
         raise NotInRunnerError(str(error)) from None
+    others = parts.send(pieces, window, ask)
+    _, edits = held.begin()
+    places = {number: window.put(pieces[number]) for number in others}
+    return [edits, data, places, watch.paths(), lost]
 
 
 def _is_saved(value: Any, saved: dict[int, Any], depth: int = 0) -> bool:
@@ -82,7 +93,8 @@ class Results:
         data: the data.
         names: the names that the block may bind.
         shown: what the runner was shown of the model.
-        window: in which the tensors lie.
+        window: in which the small tensors lie.
+        come: the large ones, which have come in parts.
         root: the model.
         own: the functions and classes that were sent to the runner.
         outside: what the block found outside of itself.
@@ -98,11 +110,13 @@ class Results:
     """
 
     def __init__(
-        self, data: Any, names: Any, shown: Shown, window: Window, root: Any, own: payload.Own,
+        self, data: Any, names: Any, shown: Shown, window: Window, come: Parts, root: Any, own: payload.Own,
         outside: payload.Outside,
     ) -> None:  # fmt: skip
         match data:
-            case [edits, {"values": dict(values), **rest}, dict(paths), list(lost)] if _are_names(values, names):
+            case [edits, {"values": dict(values), **rest}, dict(places), dict(paths), list(lost)] if _are_names(
+                values, names
+            ):
                 pass
             case _:
                 raise FrameError("the result of a block is malformed")
@@ -114,8 +128,14 @@ class Results:
                 return changed.find(data.content)
             return shown.unpack(data)
 
+        def get(number: Any) -> torch.Tensor:
+            piece = come.get(number)
+            if piece is None and (type(number) is not int or number not in places):
+                raise FrameError("the result of a block refers to memory that has not come")
+            return window.get(places[number]) if piece is None else piece
+
         try:
-            found = payload.unpack_values({"values": values, **rest}, window.get, root, own, given)
+            found = payload.unpack_values({"values": values, **rest}, get, root, own, given)
         except PayloadError as error:
             raise FrameError(f"the result of a block is malformed: {error}") from None
         self.bound = {name: value for name, value in found.items() if not name.startswith(_CHANGE)}

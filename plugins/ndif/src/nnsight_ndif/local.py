@@ -96,13 +96,13 @@ class LocalRun(Capture):
         runner = launch.zygote(preload).start(self._limits)
         seat = None
         try:
-            seat = Seat(root, methods_of(root), runner, _print, _warn, self._limits.printed)
+            seat = Seat(root, methods_of(root), runner, _print, _warn, self._limits.printed, self._limits.memory)
             own: payload.Own = {}
             order = self._order(scope, root, runner.outgoing.put, own)
             result = seat.serve(order)
             names = scope.block.bound | scope.block.declared_global
             assert self._outside is not None
-            results = job.Results(result, names, seat.shown, runner.incoming, root, own, self._outside)
+            results = job.Results(result, names, seat.shown, runner.incoming, seat.parts, root, own, self._outside)
         finally:
             runner.close()
             if seat is not None:

@@ -115,7 +115,8 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
         tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
         with tracer:
             block.run(tracer)
-    return lambda: job.results(block.bound(), _saved, link.held, link.outgoing, model, sent, watch)
+    ask = partial(link.ask, Kind.PART)
+    return lambda: job.results(block.bound(), _saved, link.held, link.outgoing, ask, model, sent, watch)
 
 
 class _Printer:

@@ -22,6 +22,7 @@ from nnsight_ndif.errors import FrameError, RunnerError
 from nnsight_ndif.guard import Guard
 from nnsight_ndif.inside import Inside
 from nnsight_ndif.launch import Runner
+from nnsight_ndif.parts import Parts
 from nnsight_ndif.report import describe, rebuild
 from nnsight_ndif.served import describe_tree, merged, modes, moved, served
 from nnsight_ndif.shown import Shown, fit, fit_arguments
@@ -44,12 +45,17 @@ class Seat:
         printed: given the name of a stream, and what the block prints there.
         warned: given message, class (module and name), file and line of its warnings.
         may_print: how many characters of both it may send.
+        may_return: how many bytes its results may have in all.
+
+    Attributes:
+        shown: the values that the block was shown.
+        parts: what has come of its results.
     """
 
     def __init__(
         self, root: NNsight, methods: dict[str, Callable[..., Any] | None], runner: Runner,
         printed: Callable[[str, str], None], warned: Callable[[str, tuple[str, str], str, int], None],
-        may_print: int = 1 << 20,
+        may_print: int = 1 << 20, may_return: int = 4 << 30,
     ) -> None:  # fmt: skip
         self._root = root
         self._methods = methods
@@ -64,11 +70,12 @@ class Seat:
         self._printed = printed
         self._warned = warned
         self._left = may_print
+        self.parts = Parts(may_return)
         self._answers: dict[Kind, Callable[[Any], Reply]] = {
             Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
             Kind.GO: self._go, Kind.HOOKED: self._hooked, Kind.CALL: self._asked.call,
             Kind.ATTRIBUTE: self._asked.attribute, Kind.HELP: self._asked.help, Kind.BACKWARD: self._asked.backward,
-            Kind.SOURCE: self._source,
+            Kind.SOURCE: self._source, Kind.PART: self._part,
         }  # fmt: skip
 
     def serve(self, job: Any) -> Any:
@@ -149,6 +156,10 @@ class Seat:
                 self._warned(message, (module, name), filename, line)
             case _:
                 raise FrameError("a message that warns is malformed")
+
+    def _part(self, request: Any) -> Reply:
+        self.parts.take(request, self.shown.unpack)
+        return self._asked.value(None)
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
