@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from nnsight.errors import ScanError
 _ORDINARY = (torch.Tensor, nn.Parameter, nn.Buffer)
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 _DEVICE = torch.ops.prim.device.default
+#: Views where nothing moves; run below the fake tensors they would, from the meta device.
+_MOVES = frozenset(getattr(torch.ops.aten.to, name) for name in torch.ops.aten.to.overloads())  # type: ignore[no-untyped-call]
+_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)  # torch >= 2.8; how experts of one layer are multiplied
 _PLAIN = frozenset(
     (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 )  # fmt: skip
@@ -90,6 +93,8 @@ class ScanMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             return super().__torch_dispatch__(func, types, args, kwargs)
         args = tuple([self._stand_in(arg) for arg in args])
         kwargs = {name: self._stand_in(value) for name, value in kwargs.items()} if kwargs else {}
+        if _GROUPED is not None and func is _GROUPED.default:
+            return self._make(_grouped(*args, **kwargs))
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "meta":
             kwargs["device"] = torch.device("cpu")
@@ -97,7 +102,7 @@ class ScanMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         known = None if key is None else _memory.get(key, ())
         if known:
             return self._make(known[0]) if len(known) == 1 else tuple(map(self._make, known))
-        if known is None and key is not None and func.is_view:
+        if known is None and key is not None and func.is_view and func not in _MOVES:
             return self._view(func, args, kwargs)
         try:
             result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -154,6 +159,28 @@ class ScanMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if self._scans:
             self._known[id(tensor)] = tensor, fake
         return fake
+
+
+def _grouped(
+    left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor | None = None, bias: Any = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:  # fmt: skip
+    """Return what is known of the product of groups of rows: torch itself knows the shape for bfloat16 only.
+
+    Args:
+        left: (N, K), rows of all groups one after another; or (G, N, K), a matrix for each group.
+        right: (G, K, M), or (K, M) for columns of all groups.
+        offsets: (G,), where each group ends, if one of them is not divided by a dim of its own.
+        bias: nothing that a shape follows from.
+        out_dtype: of the result; that of `left` if it is None.
+    """
+    rows, columns = left.shape[-2], right.shape[-1]
+    shape: tuple[int, ...] = (rows, columns)
+    if left.ndim == right.ndim:
+        groups = left.shape[0] if left.ndim == 3 or offsets is None else offsets.shape[0]
+        shape = (groups, rows, columns)
+    stride = torch.empty(shape, device="meta").stride()
+    return shape, stride, out_dtype or left.dtype, cast("FakeTensor", left).fake_device
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Any:
