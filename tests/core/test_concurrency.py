@@ -1,16 +1,19 @@
 """Any number of threads and tasks trace one model at once, and blocks move between tasks."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import threading
+import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from modules import WIDTH, Calls, Net, assert_usable, plain, rows, seeded
 
-from nnsight import NNsight
+from nnsight import NNsight, protocols
 from nnsight.errors import MissedProviderError
 
 
@@ -185,3 +188,21 @@ def test_forward_that_sends_its_parts_to_threads_and_tasks():
         result = tracer.result
     assert torch.equal(hidden, net.b(net.a(x)))
     assert torch.equal(result, hidden * 2)
+
+
+# -- what is kept per code object
+
+
+def test_what_is_kept_for_a_code_object_is_one_for_all_threads(monkeypatch):
+    together, make = threading.Barrier(2), weakref.ref
+
+    def wait_and_make(*args):
+        with contextlib.suppress(threading.BrokenBarrierError):  # one thread comes here alone
+            together.wait(timeout=0.5)
+        return make(*args)
+
+    monkeypatch.setattr(protocols, "weakref", types.SimpleNamespace(ref=wait_and_make))
+    code, known = compile("1", "<test>", "eval"), protocols.PerCode()
+    with ThreadPoolExecutor(2) as pool:
+        found = [future.result() for future in [pool.submit(known.of, code) for _ in range(2)]]
+    assert found[0] is found[1] is known.of(code)

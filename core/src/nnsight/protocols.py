@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -156,17 +157,23 @@ class PerCode(Generic[T]):
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[CodeType], dict[Any, T]]] = {}
+        self._lock = threading.RLock()  # held while collecting garbage, perhaps: what is forgotten takes it again
 
     def of(self, code: CodeType) -> dict[Any, T]:
-        """Return the values kept for one code object, to be read and added to."""
-        key = id(code)  # code objects compare by content: equal code from two files is not the same code
-        entry = self._known.get(key)
-        if entry is None or entry[0]() is not code:
-            known = self._known
+        """Return the values kept for one code object, to be read and added to: the same ones in every thread."""
+        entry = self._known.get(id(code))  # code objects compare by content: equal code from two files is not the same
+        return entry[1] if entry is not None and entry[0]() is code else self._new(code)
 
-            def forget(reference: weakref.ref[CodeType]) -> None:
+    def _new(self, code: CodeType) -> dict[Any, T]:
+        key, known, lock = id(code), self._known, self._lock
+
+        def forget(reference: weakref.ref[CodeType]) -> None:
+            with lock:
                 if key in known and known[key][0] is reference:  # the place may be another code object's by now
                     del known[key]
 
-            entry = known[key] = (weakref.ref(code, forget), {})
-        return entry[1]
+        with lock:
+            entry = known.get(key)  # another thread may have been here meanwhile
+            if entry is None or entry[0]() is not code:
+                entry = known[key] = (weakref.ref(code, forget), {})
+            return entry[1]

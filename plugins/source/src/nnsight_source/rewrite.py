@@ -72,7 +72,7 @@ def rewritten(function: FunctionType) -> Rewritten:
     known = _known.of(function.__code__)
     found = known.get(None)
     if found is None:
-        found = known[None] = _rewrite(function)
+        found = known.setdefault(None, _rewrite(function))  # of two threads that look first, one is right for both
     return found
 
 
