@@ -164,6 +164,12 @@ class Louder(Experiment):
             result = self.model.output.save()
         return result
 
+    def run_without_self(self, model, x, remote):
+        with model.trace(x, remote=remote):
+            model[0].output = super().scaled(model[0].output)
+            result = model.output.save()
+        return result
+
 
 @pytest.mark.parametrize("remote", [False, "local"])
 def test_block_in_a_method(net, x, remote):
@@ -173,6 +179,7 @@ def test_block_in_a_method(net, x, remote):
     assert torch.allclose(Experiment(net, 3).run(x, remote), expected(3, 3))
     assert torch.allclose(Louder(net, 3).run(x, remote), expected(30, 3))
     assert torch.allclose(Louder(net, 3).run_again(x, remote), expected(3, 0))
+    assert torch.allclose(Louder(net, 3).run_without_self(net, x, remote), expected(3, 0))
 
 
 @pytest.mark.parametrize("remote", [False, "local"])

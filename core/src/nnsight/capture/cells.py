@@ -137,6 +137,8 @@ class Scope:
             functions, and the globals.
         """
         names = self.block.exposed
+        if "__class__" in self._live:
+            names |= {self.block.first}  # `super()` reads it, and does not say so
         return {name: value for name, value in self._values.items() if name in names}, self._live, self._globals
 
     def outlive(self, owner: object, stand_in: Callable[[Any], Any]) -> None:
