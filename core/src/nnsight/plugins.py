@@ -59,10 +59,7 @@ def lookup(group: str, name: str) -> Any | None:
     Raises:
         PluginError, ImportError: there is a plugin for it that cannot be used; as `resolve` does.
     """
-    try:
-        return resolve(group, name)
-    except UnknownPluginError:
-        return None
+    return resolve(group, name) if serves(group, name) else None  # an error would look for the nearest names
 
 
 def open_remote(
