@@ -178,9 +178,9 @@ def test_model_is_freed_without_the_collector():
     assert result.shape == (1, 2)
 
 
-def test_what_a_runner_cannot_do_is_an_error(net, x):
-    with pytest.raises(NotImplementedError, match="fn="):
-        net.trace(x, remote="local", fn=print)
+def test_method_of_the_model_cannot_drive_it_from_a_runner(gpt, ids):
+    with pytest.raises(NotImplementedError, match="fn='generate'.*stays with the model|fn='generate'.*a method"):
+        gpt.trace(ids, remote="local", fn="generate")
 
 
 def test_argument_is_replaced(gpt, ids):

@@ -28,4 +28,3 @@ class TestLocal(TransportConformance):
     test_weights_are_changed = dropped(MODEL, raises=InputError)
     test_module_is_attached = dropped(MODEL, raises=NotImplementedError)
     test_weights_get_gradients = dropped("weights get no gradients from a runner: they are asked for by autograd.grad")
-    test_function_drives_the_model = dropped("a function that drives the model stays here", raises=NotImplementedError)

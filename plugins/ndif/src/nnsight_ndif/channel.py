@@ -9,7 +9,7 @@ import select
 import socket
 import struct
 import time
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any
 
 from nnsight_ndif import wire
@@ -21,6 +21,7 @@ _CHUNK = 1 << 20
 _TOO_LONG = "The block took longer than it may; its process was killed."
 
 
+@unique
 class Kind(IntEnum):
     """What a frame asks for or answers. The first group comes from the runner, the second from the model."""
 
@@ -38,9 +39,10 @@ class Kind(IntEnum):
     WARN = 12
     DONE = 13  # the job is over: what was saved
     RAISED = 14  # the job is over: an exception
-    SOURCE = 16  # tell of a function inside a module's forward
     HELP = 15  # call a method of what stands beside the model, a tokenizer
+    SOURCE = 16  # tell of a function inside a module's forward
     PART = 17  # of a result that is too large to cross at once
+    GIVEN = 18  # what prepared inputs hold
 
     JOB = 32  # the first frame: what to run
     VALUE = 33

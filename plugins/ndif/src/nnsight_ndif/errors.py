@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from nnsight import InputError, NNsightError
 
 
@@ -35,3 +38,17 @@ class RemoteBlockError(RunnerError):
 
 class RunnerWarning(UserWarning):
     """Something that a block did stays in its process."""
+
+
+def function_of(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """Return the function that shall drive a model from a runner.
+
+    Raises:
+        NotInRunnerError: it is the name of a method of the model's, which stays with the model.
+    """
+    if isinstance(function, str):
+        raise NotInRunnerError(
+            f"`trace(fn={function!r})` runs a method of the model, and a block in a runner can call modules only: give "
+            "a function that calls them."
+        )
+    return function

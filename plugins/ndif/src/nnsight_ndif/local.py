@@ -12,7 +12,7 @@ import torch
 
 from nnsight import Capture, InputError, NNsight, UnsendableError, payload
 from nnsight_ndif import job, launch
-from nnsight_ndif.errors import NotInRunnerError, RunnerWarning
+from nnsight_ndif.errors import NotInRunnerError, RunnerWarning, function_of
 from nnsight_ndif.isolation import Limits
 from nnsight_ndif.kinds import kinds_of
 from nnsight_ndif.seat import Seat
@@ -64,11 +64,10 @@ class Local:
         """Return what captures a block and runs it there.
 
         Raises:
-            NotInRunnerError: the block is to drive the model with a function of the caller's.
+            NotInRunnerError: a method of the model is to run it, by its name.
         """
-        if method == "trace" and function is not None:
-            raise NotInRunnerError("`trace(fn=...)` cannot be combined with remote: the function would stay here.")
-        return LocalRun(envoy, method, args, kwargs, batched, self.limits)
+        driver = function_of(function) if method == "trace" and function is not None else None
+        return LocalRun(envoy, method, args, kwargs, driver, batched, self.limits)
 
 
 class LocalRun(Capture):
@@ -77,8 +76,10 @@ class LocalRun(Capture):
     what = "trace"
 
     def __init__(
-        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], batched: bool, limits: Limits
-    ) -> None:
+        self, envoy: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+        function: Callable[..., Any] | None, batched: bool, limits: Limits,
+    ) -> None:  # fmt: skip
+        self._function = function
         self._envoy = envoy
         self._method = method
         self._arguments = (args, kwargs)
@@ -120,7 +121,8 @@ class LocalRun(Capture):
         self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any], own: payload.Own
     ) -> dict[str, Any]:  # fmt: skip
         device, kinds, untold = root.device or torch.device("cpu"), kinds_of(root), ""
-        pack = partial(payload.pack_blocks, root, [scope], put, own, self._tell, arguments=self._arguments)
+        driving = {} if self._function is None else {"functions": self._function}
+        pack = partial(payload.pack_blocks, root, [scope], put, own, self._tell, arguments=self._arguments, **driving)
         try:
             sent = pack(kinds=kinds)
         except UnsendableError as error:

@@ -1,13 +1,11 @@
 """The model as a block sees it in a runner: a tree of stand-ins without weights, and a run that is told what happens.
 
 Everything else is the ordinary library: the stand-in's forward asks the model's process where the real run stands, and
-visits the same locations here. So tracers, invokes, steps, barriers and caches need nothing of their own.
+visits the same locations here.
 """
 
 from __future__ import annotations
 
-import array
-import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,134 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from nnsight import Envoy, Interleaver, NNsight, current_run, payload, plugins, traceable
+from nnsight import Envoy, NNsight, payload, plugins, traceable
 from nnsight.protocols import Elsewhere, Inputs
-from nnsight_ndif.channel import Channel, Kind
-from nnsight_ndif.errors import FrameError, NotInRunnerError
-from nnsight_ndif.held import Held, contents
+from nnsight_ndif.channel import Kind
+from nnsight_ndif.errors import FrameError, NotInRunnerError, function_of
+from nnsight_ndif.link import Link, Prepared
 from nnsight_ndif.names import GivenNames
-from nnsight_ndif.report import rebuild
-from nnsight_ndif.served import modes_here
-from nnsight_ndif.window import Window
-
-
-class Link:
-    """The runner's end of the conversation.
-
-    Args:
-        channel: to the model's process.
-        incoming: the window that the model's end fills; `outgoing` the one it reads.
-    """
-
-    def __init__(self, channel: Channel, incoming: Window, outgoing: Window) -> None:
-        self.channel = channel
-        self.incoming, self.outgoing = incoming, outgoing
-        self.modules: dict[str, StandIn] = {}
-        self.held = Held(incoming, outgoing, lambda path: self.modules[path], self._pull)
-        #: The model's numbers of locations, by those of the tree here, and the other way round.
-        self.theirs: dict[int, int] = {}
-        self.ours: dict[int, int] = {}
-        #: The last number of the model's that is known.
-        self.result = -1
-
-    def ask(self, kind: Kind, content: Any) -> tuple[Kind, Any]:
-        """Ask the model's process and wait for its answer.
-
-        Raises:
-            Exception: what the model, or answering, has raised there.
-        """
-        was_enabled = gc.isenabled()
-        gc.disable()  # what is collected now would be taken there for held
-        try:
-            dropped, edits = self.held.begin()
-            self.channel.send(kind, [dropped, edits, self.held.pack(content)])
-            answer, data = self.channel.receive()
-            self.incoming.begin()
-            if answer is Kind.FAILED:
-                raise rebuild(data)
-            refreshed, content = data
-            self.held.unpack(refreshed)
-            return answer, self.held.unpack(content)
-        finally:
-            if was_enabled:
-                gc.enable()
-
-    def look_inside(self, path: str, steps: list[str], how: str) -> Any:
-        """Return what the model's process tells of a function inside a forward."""
-        return self.ask(Kind.SOURCE, [path, steps, how])[1]
-
-    def place(self, theirs: int, size: int, ours: int) -> None:
-        """Learn the numbers of locations, there and here."""
-        for number in range(size):
-            self.theirs[ours + number], self.ours[theirs + number] = theirs + number, ours + number
-
-    def _pull(self, key: int, gradient: torch.Tensor) -> list[torch.Tensor | None]:
-        with torch.no_grad():
-            found: list[torch.Tensor | None] = self.ask(Kind.BACKWARD, [key, gradient])[1]
-        return found
-
-    def drive(self, path: str, method: str, *prepared: Any) -> Any:
-        """Run the model there, and visit here what it visits. Called on the model side of a run."""
-        run = current_run.get()
-        assert run is not None
-        handles = [item.handle for item in prepared if isinstance(item, Prepared)]
-        answer, content = self.ask(Kind.OPEN, [path, method, handles, self._wanted(run), modes_here()])
-        # Whatever becomes of the run here, the one there is closed with it.
-        progress = [False]  # whether it has come to its end
-        run.closing = [*run.closing, partial(self._close, progress)]
-        while answer is Kind.VISIT:
-            their_number, counts, value = content
-            self._count(run, counts)
-            number = self.ours[their_number]
-            if their_number == self.result:
-                run.counts[number] -= 1  # it counts its result itself
-                progress[0] = True
-                return value
-            answer, content = self.ask(Kind.GO, self._pass(run, number, value))
-        progress[0] = True
-        self._count(run, content)
-        return None
-
-    def _close(self, progress: list[bool]) -> None:
-        self.ask(Kind.CLOSE, progress[0])
-
-    def _count(self, run: Interleaver, counts: bytes) -> None:
-        """Let the counts of the run say what they say there."""
-        for theirs, count in enumerate(array.array("i", counts)):
-            ours = self.ours.get(theirs)
-            if ours is not None:
-                run.count(ours)
-                run.counts[ours] = count
-
-    def _pass(self, run: Interleaver, number: int, value: Any) -> list[Any]:
-        """Visit a location, and return what has become of its value."""
-        before = contents(value, [])
-        run.counts[number] -= 1  # the visit counts itself
-        new = run.visit(number, value)
-        skipped = [] if run.skipped is None else [run.take_skipped(number)]
-        after = contents(new, [])
-        is_same = len(before) == len(after) and all(old is now for old, now in zip(before, after, strict=True))
-        return [self._wanted(run), [] if is_same or skipped else [new], skipped]
-
-    def _wanted(self, run: Interleaver) -> list[list[int]]:
-        """Return the locations that blocks wait for, each with the next occurrence that anybody wants."""
-        found: dict[int, int] = {}
-        for number, entry in run.waiting.items():
-            for mediator in entry if isinstance(entry, list) else [entry]:
-                occurrence = mediator.occurrence if mediator.wanted is None else mediator.wanted[number]
-                if number not in self.theirs:
-                    raise NotInRunnerError(f"`{run.tree[number]}` is not a location that a block in a runner can read.")  # type: ignore[index]
-                theirs = self.theirs[number]
-                occurrence = max(occurrence, run.count(number))  # who takes every visit waits for the next
-                found[theirs] = min(occurrence, found.get(theirs, occurrence))
-        return [[number, occurrence] for number, occurrence in found.items()]
-
-
-class Prepared:
-    """An input that the model's process has prepared and keeps."""
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
 
 
 class Helper:
@@ -182,8 +58,7 @@ class StandIn(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Prepared):
             return self._link.drive(self._at, "trace", *args)
-        kind = Kind.CALL if current_run.get() is None else Kind.HOOKED
-        return self._link.ask(kind, [self._at, args, kwargs, modes_here()])[1]
+        return self._link.call(self._at, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
@@ -229,6 +104,21 @@ class StandIn(nn.Module):
             f"`{self._at}.{what}()` would fetch all weights into the runner. Ask for single ones by name: "
             f"`{self._at}.weight`."
         )
+
+
+class StandInContainer(StandIn):
+    """Stands for modules in a row, or by name: they can be indexed and gone through."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self._modules[key]
+        return list(self._modules.values())[key]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Any:
+        return iter(self._modules.values())
 
 
 class StandInEnvoy(Envoy):
@@ -285,7 +175,7 @@ class StandInEnvoy(Envoy):
         batched: bool,
     ) -> Any:  # fmt: skip
         if method == "trace" and function is not None:
-            raise NotInRunnerError("`trace(fn=...)` runs a function of the caller's, which a runner does not have.")
+            function = self._module._link.given(function_of(function))  # type: ignore[union-attr, operator]
         return super()._open(method, function, args, kwargs, False, None, batched)
 
 
@@ -347,15 +237,15 @@ def build(link: Link, modules: list[Any]) -> None:
 
     Args:
         link: what they ask.
-        modules: path, class name, children (name and path) and training mode of each.
+        modules: path, class name, children (name and path), training mode of each, and whether it is a container.
     """
-    kinds: dict[str, type[StandIn]] = {}
-    for path, name, _, is_training in modules:
-        kind = kinds.get(name)
+    kinds: dict[tuple[str, bool], type[StandIn]] = {}
+    for path, name, _, is_training, is_container in modules:
+        kind = kinds.get((name, is_container))
         if kind is None:
-            kind = kinds[name] = type(name, (StandIn,), {})
+            kind = kinds[name, is_container] = type(name, (StandInContainer if is_container else StandIn,), {})
         link.modules[path] = kind(link, path, is_training)
-    for path, _, children, _ in modules:
+    for path, _, children, *_ in modules:
         for name, below in children:
             if below not in link.modules:
                 raise FrameError(f"the model's description has no module {below}")

@@ -20,8 +20,9 @@ from nnsight import Mediator, Tracer, payload
 from nnsight_ndif import exposure, job
 from nnsight_ndif.channel import Channel, Kind
 from nnsight_ndif.kinds import give
+from nnsight_ndif.link import Link
 from nnsight_ndif.outside import Watch
-from nnsight_ndif.puppet import Helper, Link, StandIn, StandInModel
+from nnsight_ndif.puppet import Helper, StandIn, StandInModel
 from nnsight_ndif.report import describe
 from nnsight_ndif.served import modes
 from nnsight_ndif.window import DTYPES, Window
@@ -111,7 +112,8 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
             block.run(opened)
     else:
         args, kwargs = sent.values["arguments"]
-        function = partial(link.drive, order["path"], order["method"])
+        driver = sent.values.get("functions")
+        function = link.given(driver) if driver else partial(link.drive, order["path"], order["method"])
         tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
         with tracer:
             block.run(tracer)

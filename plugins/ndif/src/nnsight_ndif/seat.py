@@ -75,7 +75,7 @@ class Seat:
             Kind.PREPARE: self._prepare, Kind.JOIN: self._join, Kind.ROWS: self._rows, Kind.OPEN: self._open,
             Kind.GO: self._go, Kind.HOOKED: self._hooked, Kind.CALL: self._asked.call,
             Kind.ATTRIBUTE: self._asked.attribute, Kind.HELP: self._asked.help, Kind.BACKWARD: self._asked.backward,
-            Kind.SOURCE: self._source, Kind.PART: self._part,
+            Kind.SOURCE: self._source, Kind.PART: self._part, Kind.GIVEN: self._given,
         }  # fmt: skip
 
     def serve(self, job: Any) -> Any:
@@ -165,14 +165,21 @@ class Seat:
 
     def _prepare(self, request: Any) -> Reply:
         match request:
-            case [str(path), str(method), args, kwargs] if method in self._methods:
+            case [str(path), str(method), args, kwargs] if method in self._methods or not method:
                 envoy = self._asked.envoy(path)
                 args, kwargs = self.shown.unpack(args), self.shown.unpack(kwargs)
             case _:
                 raise FrameError("a request to prepare an input is malformed")
         if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
             raise FrameError("a request to prepare an input has no arguments")
+        if not method:  # a call that a function of the user's makes: it is what it is
+            device = self._root.device or torch.device("cpu")
+            return self._kept(Inputs(moved(args, device), moved(kwargs, device), 0))
         return self._kept(envoy._prepare(self._root, method, args, kwargs))
+
+    def _given(self, request: Any) -> Reply:
+        inputs = merged(self._chosen(request))
+        return self._asked.value((inputs.args, inputs.kwargs))
 
     def _kept(self, inputs: Inputs) -> Reply:
         if len(self._prepared) >= _MAX_PREPARED:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from nnsight import Envoy, NNsight, Tracer
 from nnsight.protocols import Inputs
@@ -14,6 +15,7 @@ from nnsight_ndif.errors import FrameError
 from nnsight_ndif.names import describe_names
 from nnsight_ndif.window import DTYPES
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _AUTOCAST = (None, "bfloat16", "float16")
 
 
@@ -121,7 +123,7 @@ def describe_tree(root: NNsight) -> list[Any]:
             envoys.update(envoy.named_modules())
     modules = [
         [path, type(envoy._module).__name__, [[name, child.path] for name, child in envoy._children.items()],
-         envoy._module.training]
+         envoy._module.training, isinstance(envoy._module, _CONTAINERS)]
         for path, envoy in envoys.items()
     ]  # fmt: skip
     locations = [[at.path, at.port] for at in root._tree.locations]
