@@ -341,6 +341,16 @@ def test_partial_of_an_own_function(send):
     assert send(functools.partial(tripled, by=10))(2) == 20
 
 
+def test_what_was_compiled_arrives_as_it_was_before(send):
+    def double(value):
+        return value * 2
+
+    layer = nn.Linear(2, 2)
+    there, module = send(torch.compile(double), torch.compile(layer))
+    assert there(3) == 6 and there.__name__ == "double"
+    assert type(module) is nn.Linear and torch.equal(module(torch.ones(1, 2)), layer(torch.ones(1, 2)))
+
+
 def test_arguments_of_all_kinds(send):
     def function(a, /, b, *args, c, d=4, **kwargs):
         return a, b, args, c, d, kwargs
@@ -398,6 +408,20 @@ def test_class_attributes_are_those_of_now(send):
     Counter.method = lambda self: self.later
     arrived = send(Counter)
     assert (arrived.total, arrived.seen, arrived.later, arrived().method()) == (1, ["a"], 5, 5)
+
+
+class Only:
+    made = None
+
+    def __new__(cls):
+        if cls.made is None:
+            cls.made = super().__new__(cls)
+        return cls.made
+
+
+def test_class_that_holds_an_instance_of_itself(send):
+    kind, only = send(Only, Only())
+    assert kind() is only and type(only) is kind
 
 
 def test_class_defined_in_a_function(send):

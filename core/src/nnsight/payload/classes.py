@@ -77,7 +77,7 @@ class ClassSource:
         if issubclass(self.kind, Enum):
             return
         bound, constant = _bound(self.node)
-        for name, value in vars(self.kind).items():
+        for name, value in list(vars(self.kind).items()):  # taking an instance apart may add to them
             if name.startswith(("__", "_abc_")):
                 continue
             if isinstance(value, _DATA):
@@ -89,8 +89,8 @@ class ClassSource:
                 is_users = not function.__code__.co_filename.startswith("<") and not library.is_within(function)
                 if name not in bound and is_users and not self._is_own(function):
                     yield name, value, True
-            elif name not in bound and not hasattr(type(value), "__get__"):
-                yield name, value, True
+            elif (name not in bound or name in constant) and not hasattr(type(value), "__get__"):
+                yield name, value, name not in bound
 
     def _is_own(self, function: types.FunctionType) -> bool:
         """Return whether a function is written in the text of the class."""

@@ -68,6 +68,15 @@ def attributes(value: Any) -> Iterable[tuple[str, Any]]:
                 yield stored, getattr(value, stored)
 
 
+def uncompiled(value: Any) -> Any:
+    """Return the function or module that `torch.compile` was given, where a value is what that has made of it."""
+    fields = getattr(value, "__dict__", None) if callable(value) else None
+    if type(fields) is not dict or not ("_torchdynamo_orig_callable" in fields or "dynamo_ctx" in fields):
+        return value
+    module = fields.get("_modules", {}).get("_orig_mod")
+    return fields.get("_torchdynamo_orig_callable", value) if module is None else module
+
+
 def put_attribute(value: Any, name: str, item: Any) -> None:
     """Give an instance an attribute that it has itself. Nothing that its class defines is called.
 

@@ -24,7 +24,7 @@ import torch
 from nnsight.errors import UnsendableError
 from nnsight.kernel.envoy import Envoy
 from nnsight.payload import library
-from nnsight.payload.instances import attributes, is_named, is_scalar, is_takeable, kind_name
+from nnsight.payload.instances import attributes, is_named, is_scalar, is_takeable, kind_name, uncompiled
 from nnsight.payload.known import known_data
 from nnsight.payload.tensors import TensorTable, is_array
 
@@ -199,13 +199,15 @@ class Packer:
         elif self.descriptions is not None and (found := library.reference(value)) is not None:
             data += ["import", *found]
         else:
-            self._fill_object(data, value, kind)
+            self._fill_object(data, value)
 
-    def _fill_object(self, data: list[Any], value: Any, kind: type) -> None:
+    def _fill_object(self, data: list[Any], value: Any) -> None:
+        value = uncompiled(value)
+        kind = type(value)
         if id(value) in self.own:
             data += self.own[id(value)][0]
         elif isinstance(value, Enum):
-            name = value.name if value.name in kind.__members__ else None  # type: ignore[attr-defined]
+            name = value.name if value.name in kind.__members__ else None
             data += ["member", self.pack(kind), name, None if name else self.pack(value.value)]
         elif isinstance(value, torch.nn.Module) and (path := self._module_path(value)) is not None:
             data += ["submodule", path]
