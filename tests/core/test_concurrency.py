@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import copy
+import sys
 import threading
 import types
 import weakref
@@ -188,6 +189,23 @@ def test_forward_that_sends_its_parts_to_threads_and_tasks():
         result = tracer.result
     assert torch.equal(hidden, net.b(net.a(x)))
     assert torch.equal(result, hidden * 2)
+
+
+def test_blocks_that_are_left_by_return_in_threads_that_take_turns_often(net, model):
+    x, interval = rows(), sys.getswitchinterval()
+    expected = net(x)
+
+    def look():
+        with model.trace(x):
+            return model.output
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = [future.result() for future in [pool.submit(look) for _ in range(1200)]]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 # -- what is kept per code object

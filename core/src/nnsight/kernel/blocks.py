@@ -89,9 +89,10 @@ def _abandon_dead(frame: FrameType) -> None:
     """Close what an interrupt has left open between a body and its `__exit__`: blocks whose frame is gone."""
     ident = threading.get_ident()
     alive = {above for above, _ in walk_stack(frame)}
-    for other, blocks in list(open_blocks.items()):
-        code = other.f_code
-        if other in alive or code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):
+    for other, kept in list(open_blocks.items()):
+        code, blocks = other.f_code, list(kept)  # a copy: another thread may be closing one of its own
+        is_own = bool(blocks) and all(block.thread == ident for block in blocks)
+        if not is_own or other in alive or code.co_flags & _RESUMABLE:
             continue
         if any(code.co_code[block.position] != _ENTER for block in blocks):  # no `with`, but an ExitStack and the like
             continue
