@@ -23,6 +23,16 @@ from nnsight.payload import container
 class Colour(enum.Enum):
     RED = 1
 
+    @classmethod
+    def _missing_(cls, value):
+        Dangerous.made += 1
+        return cls.RED
+
+
+class Way(enum.IntFlag):
+    UP = 1
+    DOWN = 2
+
 
 @dataclasses.dataclass
 class Found:
@@ -62,7 +72,8 @@ def test_values_arrive_as_they_are(model):
         "hidden": hidden, "row": hidden[1], "again": [hidden, {"deep": (hidden, 1.5, None)}], "text": "é",
         "nan": math.nan,
         "array": np.arange(3, dtype=np.int16), "scalar": np.float32(0.5), "half": hidden.to(torch.bfloat16).t(),
-        "colour": Colour.RED, "found": Found(2, hidden), "pair": Pair(1, hidden), "layer": model[0], "whole": model,
+        "colour": Colour.RED, "ways": Way.UP | Way.DOWN,
+        "found": Found(2, hidden), "pair": Pair(1, hidden), "layer": model[0], "whole": model,
         "size": hidden.shape, "when": {1, 2}, "list": [],
     }  # fmt: skip
     found = arrive(saved, model)
@@ -73,7 +84,7 @@ def test_values_arrive_as_they_are(model):
     assert found["hidden"][1].eq(0).all() and not hidden[1].eq(0).all()
     assert torch.equal(found["half"], saved["half"]) and found["half"].stride() == (1, 4)
     assert found["array"].dtype == np.int16 and type(found["scalar"]) is np.float32
-    assert found["colour"] is Colour.RED
+    assert found["colour"] is Colour.RED and found["ways"] == Way.UP | Way.DOWN
     assert type(found["found"]) is Found and type(found["pair"]) is Pair
     assert found["layer"] is model[0] and found["whole"] is model
     assert (found["text"], found["size"], found["when"]) == ("é", hidden.shape, {1, 2})
@@ -201,6 +212,7 @@ def test_class_of_the_block_itself_does_not_come_back(model):
 # --- Reading runs nothing
 
 
+COLOUR, WAY = ["import", __name__, "Colour"], ["import", __name__, "Way"]
 POPEN, CACHE = ["import", "subprocess", "Popen"], ["import", "nnsight.builtin.cached", "Cache"]
 
 
@@ -217,7 +229,9 @@ def crafted(value, **tables):
         ["attribute", 1, "real"], ["cached", ["import", "os", "system"], 1, False], ["logger", "a"],
         ["instance", POPEN, {"pid": 1}, None],
         ["instance", ["import", "types", "SimpleNamespace"], {"__class__": POPEN}, None],
-        ["instance", ["import", __name__, "Dangerous"], {}, None], ["member", POPEN, "a", None], ["named", POPEN, 1],
+        ["instance", ["import", __name__, "Dangerous"], {}, None], ["member", POPEN, "a", None],
+        ["member", COLOUR, None, 7], ["member", WAY, None, "x"],
+        ["member", WAY, None, ["list"]], ["named", POPEN, 1],
         ["defaultdict", POPEN], ["portable", POPEN, 1], ["portable", CACHE, 1],
         ["portable", CACHE, ["list", ["list", True, True], ["list"], ["list", 1]]],
         ["envoy", "model"], ["submodule", "model"], ["tensor", 0], ["given", 1], ["given", ["class", 0]],

@@ -17,7 +17,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from enum import Enum
+from enum import Enum, Flag
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -244,7 +244,11 @@ class Unpacker:
         cls = self.value(kind)
         if not isinstance(cls, type) or not issubclass(cls, Enum):
             raise TypeError("it is no member of an enum")
-        return cls.__members__[name] if name is not None else cls(self.value(value))
+        if name is not None:
+            return cls.__members__[name]
+        if not issubclass(cls, Flag) or type(value) is not int:  # an enum of another kind may have code for others
+            raise TypeError("it is no member of its enum")
+        return cls(value)
 
     def _portable(self, data: list[Any]) -> Any:
         _, kind, content = data
