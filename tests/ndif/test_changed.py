@@ -203,3 +203,24 @@ def test_lock_of_the_users_object_stays(net, x, remote):
     with lock, net.trace(x, remote=remote):
         holder.values.append(net[0].output.shape[0])
     assert holder.values == [3]
+
+
+@both
+def test_what_was_changed_before_an_error_is_changed(net, x, remote):
+    found, hidden = [], None
+    with pytest.raises(KeyError, match="no more") as caught:
+        with net.trace(x, remote=remote):
+            hidden = save(net[0].output)
+            found.append(hidden.shape[0])
+            raise KeyError("no more")
+    assert found == [3] and torch.equal(hidden, net._module[0](x))
+    assert caught.traceback[-1].path.name == "test_changed.py"
+
+
+def test_error_is_told_although_what_was_saved_cannot_come_back(net, x):
+    with pytest.raises(KeyError, match="no more"):
+        with net.trace(x, remote="local"):
+            lost = save([iter([])])
+            raise KeyError("no more")
+    with pytest.raises(UnboundLocalError):
+        _ = lost

@@ -106,9 +106,9 @@ def test_frame_that_no_block_sends_ends_the_job(net, x, name):
         send(net, x, *MALFORMED[name])
 
 
-def done(values, paths=None, lost=(), shared=(), edits=()):
+def done(values, paths=None, lost=(), shared=(), edits=(), error=None):
     tables = {"values": values, "shared": list(shared), "tensors": [[], []]}
-    return [list(edits), tables, paths or {}, list(lost)]
+    return [list(edits), tables, paths or {}, list(lost), error]
 
 
 def change(place, kind, *parts):
@@ -147,6 +147,7 @@ RESULTS = {
     "a_variable_that_the_block_does_not_use": done(change(["tuple", "global", 0, "MALFORMED"], "bound", 1)),
     "a_namespace_that_is_not_there": done(change(["tuple", "global", 99, "found"], "bound", 1)),
     "a_cell_before_the_first": done(change(["tuple", "cell", -1], "bound", 1)),
+    "an_error_that_is_none": done({}, error=["builtins", "ValueError"]),
     "a_loss_of_nothing": done({}, lost=[[7, "why"]]),
     "a_loss_that_is_none": done({}, lost=["why"]),
     "an_edit_of_what_was_not_shown": done({}, edits=[[999, ["float32", [3, 8], 0], True, None]]),

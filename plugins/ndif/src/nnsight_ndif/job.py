@@ -15,6 +15,7 @@ from nnsight_ndif.errors import FrameError, NotInRunnerError
 from nnsight_ndif.held import Held
 from nnsight_ndif.outside import Watch
 from nnsight_ndif.parts import Parts
+from nnsight_ndif.report import rebuild
 from nnsight_ndif.shown import Shown
 from nnsight_ndif.values import PLAIN
 from nnsight_ndif.window import Window
@@ -103,6 +104,7 @@ class Results:
         bound: what was saved, by name.
         todo: what brings the changes in place.
         lost: what has changed and cannot come back: what it is called, and why it cannot.
+        error: what the block has raised after all that.
 
     Raises:
         FrameError: it is something else.
@@ -114,10 +116,10 @@ class Results:
         outside: payload.Outside,
     ) -> None:  # fmt: skip
         match data:
-            case [edits, {"values": dict(values), **rest}, dict(places), dict(paths), list(lost)] if _are_names(
-                values, names
-            ):
-                pass
+            case [
+                edits, {"values": dict(values), **rest}, dict(places), dict(paths), list(lost), raised
+            ] if _are_names(values, names):  # fmt: skip
+                self.error = None if raised is None else rebuild(raised)
             case _:
                 raise FrameError("the result of a block is malformed")
         shown.apply_edits(edits)

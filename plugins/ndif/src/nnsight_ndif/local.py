@@ -116,6 +116,8 @@ class LocalRun(Capture):
             warnings.warn_explicit(message, RunnerWarning, scope.block.filename, scope.block.node.lineno)
         scope.give(results.bound)
         scope.close()
+        if results.error is not None:
+            raise results.error
 
     def _order(
         self, scope: Any, root: Any, put: Callable[[torch.Tensor], Any], own: payload.Own

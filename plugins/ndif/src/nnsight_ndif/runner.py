@@ -81,15 +81,30 @@ class Prepared:
         warnings.showwarning = partial(_warn, link)
         try:
             model = StandInModel.described(link, description)
-            result = _execute(link, model, order)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            link.channel.send(Kind.DONE, result())
+            self._finish(*_execute(link, model, order))
         except BaseException as error:  # noqa: BLE001 - the border of the process
             link.channel.send(Kind.RAISED, describe(error, _is_ours))
 
+    def _finish(self, result: Callable[[], list[Any]], error: BaseException | None) -> None:
+        """Send what comes back of a block: also of one that has raised, as far as it got."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        data = None
+        try:
+            data = result()
+        except Exception:  # what the block has raised counts for more
+            if error is None:
+                raise
+        if data is None:
+            assert error is not None
+            raise error
+        self.link.channel.send(Kind.DONE, [*data, None if error is None else describe(error, _is_ours)])
 
-def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable[[], Any]:
+
+def _execute(
+    link: Link, model: StandInModel, order: dict[str, Any]
+) -> tuple[Callable[[], list[Any]], BaseException | None]:
+    """Run the block; return what makes data of its result, and what it has raised."""
     modes(order["modes"], torch.device("cpu")).__enter__()  # for good
     torch.set_default_dtype(DTYPES[order["default_dtype"]])
     torch.default_generator.manual_seed(order["seed"])  # of the CPU: all that there is here
@@ -107,18 +122,25 @@ def _execute(link: Link, model: StandInModel, order: dict[str, Any]) -> Callable
     assert sent.outside is not None
     watch = Watch(sent.outside, lambda value: isinstance(value, nnsight.Envoy | StandIn | Helper), exposure.is_exposed)
     exposure.forget()
-    if order["method"] == "session":
-        with model.session() as opened:
-            block.run(opened)
-    else:
-        args, kwargs = sent.values["arguments"]
-        driver = sent.values.get("functions")
-        function = link.given(driver) if driver else partial(link.drive, order["path"], order["method"])
-        tracer = Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
-        with tracer:
-            block.run(tracer)
+    error = None
+    try:
+        with model.session() if order["method"] == "session" else _tracer(link, envoy, order, sent) as entered:
+            block.run(entered)
+    except BaseException as raised:  # noqa: BLE001 - it is sent with what the block has done before
+        error = raised
     ask = partial(link.ask, Kind.PART)
-    return lambda: job.results(block.bound(), _saved, link.held, link.outgoing, ask, model, sent, watch)
+
+    def result() -> list[Any]:
+        return job.results(block.bound(), _saved, link.held, link.outgoing, ask, model, sent, watch)
+
+    return result, error
+
+
+def _tracer(link: Link, envoy: Any, order: dict[str, Any], sent: payload.SentBlocks) -> Tracer:
+    args, kwargs = sent.values["arguments"]
+    driver = sent.values.get("functions")
+    function = link.given(driver) if driver else partial(link.drive, order["path"], order["method"])
+    return Tracer(envoy, order["method"], function, args, kwargs, order["batched"])
 
 
 class _Printer:
