@@ -121,6 +121,40 @@ def test_tensor_met_again_is_the_same_object(gpt, ids):
     assert_same(program)
 
 
+class Passing(torch.nn.Module):
+    """Gives its layer's output on, beside another value."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.after = torch.nn.Linear(4, 4), torch.nn.ReLU()
+
+    def forward(self, x):
+        found = self.layer(x)
+        return self.after(found), found
+
+
+@torch.no_grad()
+def test_tensor_that_the_block_has_let_go_of_is_shown_again(x):
+    model = NNsight(Passing())
+
+    def program(remote):
+        with model.trace(x, remote=remote):
+            total = model.layer.output.sum()
+            total += model.after.output.sum()
+            result = save((total, *model.output))
+        return result
+
+    def program_that_edits(remote):
+        with model.trace(x, remote=remote):
+            model.layer.output[:] = 3
+            model.after.output[:] = 4
+            result = save(model.output)
+        return result
+
+    assert_same(program)
+    assert_same(program_that_edits)
+
+
 class Aliases(torch.nn.Module):
     def __init__(self):
         super().__init__()

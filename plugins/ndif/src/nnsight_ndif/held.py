@@ -78,7 +78,10 @@ class Held:
             case Special("fresh", place):
                 return self._incoming.get(place)
             case Special("same" | "again", number):
-                return self._known(number)
+                known = self._known(number)
+                if known is None:
+                    raise unknown(data)
+                return known
             case Special("module", path):
                 return self._module(path)
             case Special("opaque", [number, _, name]):
@@ -155,7 +158,6 @@ class Held:
     def begin(self) -> tuple[list[int], list[Any]]:
         """Start a message; return what is held no more, and the edits in place since the last one."""
         self._outgoing.begin()
-        dropped, self._dropped = self._dropped, []
         edits: list[Any] = []
         tensor: Any = None
         for number, version in list(self._versions.items()):
@@ -174,10 +176,13 @@ class Held:
                     self._tracked.add(number)
                 edits.append([number, self._outgoing.put(tensor), is_certain, key])
         del tensor
+        edited = {edit[0] for edit in edits}
         for number in list(self._alive):
             # Held by nobody but us (our dict, and the argument): the block has let go of it.
-            if sys.getrefcount(self._alive[number]) <= 2:
+            if number not in edited and sys.getrefcount(self._alive[number]) <= 2:
                 del self._alive[number]
+        # Last: with what has been let go of here, or the answer would name as known what is known no more.
+        dropped, self._dropped = self._dropped, []
         return dropped, edits
 
     def _is_untouched(self, number: int, value: Any) -> bool:
