@@ -241,6 +241,14 @@ def test_name_that_cannot_travel_is_told_at_the_with(model, x):
 # --- Size
 
 
+@pytest.mark.parametrize("large", [[0] * 1_000_001, "x" * (17 << 20)], ids=["values", "bytes"])
+def test_what_could_not_be_read_again_is_not_written(model, x, large):
+    told = r"What the block uses takes \d+\.\d MB and \d+ values without its tensors.*Put long lists .* into tensors"
+    with pytest.raises(UnsendableError, match=told):
+        with Sent(model, "trace", x):
+            total = model.output.sum() + len(large)
+
+
 def test_trace_of_gpt2_takes_two_kilobytes(gpt):
     ids = torch.tensor([[5, 6, 7, 8]])
     sent = Sent(gpt, "trace", ids)
