@@ -91,8 +91,7 @@ def _abandon_dead(frame: FrameType) -> None:
     alive = {above for above, _ in walk_stack(frame)}
     for other, kept in list(open_blocks.items()):
         code, blocks = other.f_code, list(kept)  # a copy: another thread may be closing one of its own
-        is_own = bool(blocks) and all(block.thread == ident for block in blocks)
-        if not is_own or other in alive or code.co_flags & _RESUMABLE:
+        if other in alive or code.co_flags & _RESUMABLE or any(block.thread != ident for block in blocks):
             continue
         if any(code.co_code[block.position] != _ENTER for block in blocks):  # no `with`, but an ExitStack and the like
             continue
@@ -100,7 +99,7 @@ def _abandon_dead(frame: FrameType) -> None:
             other.clear()
         except RuntimeError:  # it runs, in another greenlet
             continue
-        del open_blocks[other]
+        open_blocks.pop(other, None)  # of no blocks it may be gone: their thread has been here
         for block in reversed(blocks):
             block.abandon()
 
@@ -117,7 +116,7 @@ def close_block(frame: FrameType, mediator: Block) -> None:
     if blocks is not None and mediator in blocks:
         blocks.remove(mediator)
         if not blocks:
-            del open_blocks[frame]
+            open_blocks.pop(frame, None)
     if _hint.get() is mediator:
         outer = mediator.outer
         while outer is not None and not outer.is_open:
