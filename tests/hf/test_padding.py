@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+import zoo
 from torch import nn
 
 from nnsight import BatchError, LanguageModel
@@ -221,6 +222,22 @@ def test_invokes_see_their_rows_of_states(random_model):
 
 
 # -- decoders
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.CAUSAL if name not in MIX])
+def test_every_decoder_gives_each_prompt_what_it_gives_alone(name, random_model):
+    module = random_model(name)
+    model = LanguageModel(module)
+    for found, expected in zip(in_invokes(model), alone(module), strict=True):
+        assert torch.allclose(found[:, -expected.shape[1] :], expected, atol=1e-4)
+    settings = {
+        "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    for found, expected in zip(generated_in_invokes(model, **settings), generated(module, **settings), strict=True):
+        assert torch.equal(found.sequences[:, -4:], expected.sequences[:, -4:])
+        for logits, theirs in zip(found.logits, expected.logits, strict=True):
+            assert torch.allclose(logits, theirs, atol=1e-4)
 
 
 @over(DECODERS_OF_THEIR_OWN_COUNT)
