@@ -710,13 +710,35 @@ def test_inputs_of_different_kinds_cannot_join(net, model):
 
 
 def test_different_arguments_cannot_join(net, model):
-    with pytest.raises(BatchError, match="different arguments"):
+    with pytest.raises(BatchError, match="`x` was given in some of them and not in others.*batched=False"):
         with model.trace() as tracer:
             with tracer.invoke(rows()):
                 pass
             with tracer.invoke(x=rows()):
                 pass
     assert_usable(model, net, rows())
+
+
+def test_different_numbers_of_arguments_cannot_join():
+    model = NNsight(seeded(Calls, lambda self, x, *more: self.a(x)))
+    with pytest.raises(BatchError, match="one was given 1 positional arguments, another 2"):
+        with model.trace() as tracer:
+            with tracer.invoke(rows()):
+                pass
+            with tracer.invoke(rows(), rows()):
+                pass
+
+
+def test_keywords_may_come_in_any_order():
+    net = seeded(Calls, lambda self, x, y: self.a(x) - y)
+    model = NNsight(net)
+    with model.trace() as tracer:
+        with tracer.invoke(x=rows(1), y=rows(2)):
+            first = model.output
+        with tracer.invoke(y=rows(3), x=rows(4)):
+            second = model.output
+    assert close(first, net(rows(1), rows(2)))
+    assert close(second, net(rows(4), rows(3)))
 
 
 def test_options_that_differ_between_invokes_cannot_join():
