@@ -89,7 +89,7 @@ def test_tensors_and_arrays_of_the_caller_are_edited(net, x, remote):
             array[:] = net[0].output.numpy()
             view += net[0].output
             part.numpy()[0] = 5
-            _ = untouched + 1
+            _ = untouched + untouched.numpy().sum()  # looked at in a way that could change it
     expected = net._module[0](x).detach()
     assert torch.equal(buffer, expected) and np.array_equal(array, expected.numpy())
     assert torch.equal(part, torch.cat([torch.full((1, 8), 5.0), expected]))

@@ -15,6 +15,7 @@ import torch
 from nnsight import payload
 from nnsight_ndif.errors import FrameError
 from nnsight_ndif.outside import held_by, is_array, is_open
+from nnsight_ndif.values import same_bytes
 
 _WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError)
 
@@ -166,6 +167,8 @@ def _data(value: Any, new: Any) -> Callable[[], None]:
 
 
 def _copy(value: torch.Tensor, new: torch.Tensor) -> None:
+    if same_bytes(value.detach().cpu(), new):
+        return  # it may only have been looked at with other eyes than torch's: its count of edits stays
     with torch.no_grad():
         value.copy_(new)
 

@@ -17,7 +17,7 @@ from nnsight import InputError, NNsight
 from nnsight_ndif.edges import Edges
 from nnsight_ndif.errors import FrameError
 from nnsight_ndif.served import moved
-from nnsight_ndif.values import PLAIN, pack_simple, unknown, unpack_simple
+from nnsight_ndif.values import PLAIN, pack_simple, same_bytes, unknown, unpack_simple
 from nnsight_ndif.window import Window
 from nnsight_ndif.wire import Special
 
@@ -174,7 +174,7 @@ class Shown:
     def _apply(self, tensor: torch.Tensor, new: torch.Tensor, is_certain: bool, number: int, key: Any) -> None:
         if new.shape != tensor.shape or new.dtype != tensor.dtype:
             raise FrameError(f"an edit has shape {tuple(new.shape)} for a tensor of shape {tuple(tensor.shape)}")
-        if not is_certain and _same_bytes(tensor.detach().cpu(), new):
+        if not is_certain and same_bytes(tensor.detach().cpu(), new):
             return  # it was only looked at with other eyes than torch's
         if id(tensor) in self._tables:
             raise InputError(
@@ -352,11 +352,6 @@ def _is(value: Any, before: Any) -> bool:
 def _are_fields(value: Any, before: Any) -> bool:
     """Return whether a plain tuple stands for a named one."""
     return type(value) is tuple and hasattr(type(before), "_fields")
-
-
-def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    left, right = left.contiguous(), right.contiguous()
-    return torch.equal(left.view(-1).view(torch.uint8), right.view(-1).view(torch.uint8))
 
 
 def _describe(value: Any) -> str:

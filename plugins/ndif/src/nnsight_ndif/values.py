@@ -101,5 +101,11 @@ def is_data(value: Any, kinds: tuple[Any, ...] = (*PLAIN, torch.Tensor, torch.nn
     return type(value) in kinds
 
 
+def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype, on the CPU, hold the same bits."""
+    left, right = left.contiguous(), right.contiguous()
+    return torch.equal(left.view(-1).view(torch.uint8), right.view(-1).view(torch.uint8))
+
+
 def _are_ints(content: Any) -> bool:
     return type(content) is list and all(type(item) is int for item in content)
