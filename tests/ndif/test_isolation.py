@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -180,6 +183,8 @@ def test_endless_generation_is_ended_at_the_deadline():
         n_layer=1, n_embd=8, n_head=1, vocab_size=16, n_positions=60_000, bos_token_id=1, eos_token_id=2
     )
     model = LanguageModel(GPT2LMHeadModel(config).eval())
+    with model.trace(torch.tensor([[3]]), remote="local"):
+        model.lm_head.output  # the process that runners of such models are forked from is there now
     start = time.monotonic()
     with pytest.raises(RunnerTimeoutError, match="longer than it may"):
         with model.generate(
@@ -232,6 +237,52 @@ def test_nothing_is_left_of_a_job(net, x):
         time.sleep(0.05)
     assert this.num_fds() == opened
     assert len(this.children(recursive=True)) == len(launch._zygotes)
+
+
+def test_several_jobs_at_once_have_a_process_each(net, x):
+    def job(number):
+        with net.trace(x * number, remote="local"):
+            import os
+
+            found = [net.output, os.getpid()].save()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(job, range(8)))
+    for number, (result, process) in enumerate(results):
+        assert torch.equal(result, net._module(x * number)) and process == 1
+
+
+def test_runners_end_with_the_process_that_started_them(net, x):
+    zygote = launch.Zygote()
+    runner = zygote.start(Limits())
+    (process,) = psutil.Process(zygote._process.pid).children()
+    zygote.close()
+    process.wait(10)
+    runner.close()
+
+
+def test_reason_why_no_runner_can_be_started_is_told():
+    program = (
+        "import sys; from nnsight_ndif import isolation, zygote\n"
+        "isolation.missing = lambda waived: {}\n"
+        "def fail(): raise OSError('no more users')\n"
+        "isolation.enter_namespaces = fail\n"
+        "zygote.main(sys.argv[1:])"
+    )
+    made = launch.Zygote.__new__(launch.Zygote)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", program, str(theirs.fileno()), "", ""]
+    made._orders, made._lock, made._owner = ours, threading.Lock(), os.getpid()
+    made._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    theirs.close()
+    assert ours.recv(100) == b"{}"
+    try:
+        for _ in range(2):
+            with pytest.raises(RunnerError, match="No runner could be started: OSError: no more users"):
+                made.start(Limits())
+    finally:
+        made.close()
 
 
 def test_jobs_know_nothing_of_each_other(net, x):

@@ -24,7 +24,7 @@ MEASURES = ("namespaces", "no_new_privs", "limits", "landlock", "seccomp")
 _NEW_USER, _NEW_MOUNT, _NEW_NET, _NEW_PID, _NEW_IPC, _NEW_UTS = (
     0x10000000, 0x00020000, 0x40000000, 0x20000000, 0x08000000, 0x04000000,
 )  # fmt: skip
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 38, 4
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 38, 4, 36
 _CAPABILITY_VERSION = 0x20080522
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -119,6 +119,11 @@ def confine(limits: Limits, allowed: Collection[str] = ()) -> None:
                 take()
         else:
             take()
+
+
+def adopt_orphans() -> None:
+    """Let what the calling process has started, and its parent has left, become its child (prctl(2), subreaper)."""
+    _check(_libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 
 def die_with_parent() -> None:

@@ -126,7 +126,7 @@ class Zygote:
             return Runner(channel, window.Window(windows[0]), window.Window(windows[1]), watched)
         except OSError as error:
             ours.close()
-            raise RunnerError(f"The process that runners are forked from is gone: {error}") from error
+            raise RunnerError(f"No runner could be started: {error}") from error
         finally:
             theirs.close()
             for descriptor in windows:
@@ -134,15 +134,15 @@ class Zygote:
 
     def _answer(self) -> int:
         room = socket.CMSG_SPACE(array.array("i").itemsize)
-        _, control, _, _ = self._orders.recvmsg(64, room, socket.MSG_CMSG_CLOEXEC)
+        word, control, _, _ = self._orders.recvmsg(1 << 12, room, socket.MSG_CMSG_CLOEXEC)
         if not control:
-            raise OSError("it has ended")
+            raise OSError(word.decode(errors="replace") or "it has ended")
         found = array.array("i")
         found.frombytes(control[0][2])
         return found[0]
 
     def close(self) -> None:
-        """End it. Runners that were started go on."""
+        """End it, and with it the runners that it has started."""
         self._orders.close()
         if self._owner == os.getpid():
             self._process.kill()
