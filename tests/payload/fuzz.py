@@ -161,7 +161,7 @@ def main(count):
             data = honest[:6] + container.zstd().compress(change_bytes(content, what))
         else:
             data = what
-        start = time.monotonic()
+        start = time.process_time()  # a busy machine is no slow payload; what waits for ever ends with the test
         try:
             if kind == "results":
                 payload.Results(data, model, limit=100 << 20)
@@ -172,8 +172,9 @@ def main(count):
             tally["read"] += 1
         except PayloadError:
             tally["refused"] += 1
-        slowest[0] = max(slowest[0], time.monotonic() - start)
-        assert slowest[0] < SECONDS, "it took too long"
+        taken = time.process_time() - start
+        assert taken < SECONDS, f"it took {taken:.1f} seconds"
+        slowest[0] = max(slowest[0], taken)
 
     receive(("bytes", [(0, "set", honest[:1])]))
     assert tally["read"] == 1, "the honest payload must be read"
