@@ -221,6 +221,60 @@ def test_invokes_see_their_rows_of_states(random_model):
     assert torch.allclose(second.layers[1].recurrent_states[0], expected.layers[1].recurrent_states[0], atol=1e-4)
 
 
+# -- embeddings
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+def test_embeddings_of_different_length_share_a_batch_as_tokens_do(name, random_model):
+    module = random_model(name)
+    model = LanguageModel(module)
+    with torch.no_grad():
+        embedded = [module.get_input_embeddings()(torch.tensor([prompt])) for prompt in PROMPTS]
+    found = []
+    with torch.no_grad(), model.trace() as tracer:
+        for embeds in embedded:
+            with tracer.invoke(inputs_embeds=embeds):
+                found.append(model.output.logits)
+    for ours, expected in zip(found, alone(module), strict=True):
+        assert torch.allclose(ours[:, -expected.shape[1] :], expected, atol=1e-4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    found = []
+    with model.generate(**settings) as tracer:
+        for embeds in embedded:
+            with tracer.invoke(inputs_embeds=embeds):
+                found.append(tracer.result)
+    for ours, expected in zip(found, generated(module, **settings), strict=True):
+        assert torch.equal(ours, expected[:, -4:])
+
+
+def test_embeddings_of_encoders_are_padded_on_the_right():
+    module = build(ENCODERS["bert"])
+    model, found = LanguageModel(module), []
+    with torch.no_grad(), model.trace() as tracer:
+        for prompt in PROMPTS:
+            with tracer.invoke(inputs_embeds=module.get_input_embeddings()(torch.tensor([prompt]))):
+                found.append(model.output.logits)
+    for ours, expected in zip(found, alone(module), strict=True):
+        assert torch.allclose(ours[:, : expected.shape[1]], expected, atol=1e-4)
+
+
+def test_embeddings_whose_mask_leaves_out_tokens_beside_some_without_a_mask(random_model):
+    module = random_model("llama")
+    model = LanguageModel(module)
+    embed = module.get_input_embeddings()
+    with torch.no_grad():
+        first, second = embed(torch.tensor([PROMPTS[0]])), embed(torch.tensor([PROMPTS[1]]))
+        expected = module(torch.tensor([PROMPTS[0][2:]])).logits
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(inputs_embeds=first, attention_mask=mask):
+            ours = model.output.logits
+        with tracer.invoke(inputs_embeds=second):
+            others = model.output.logits
+    assert torch.allclose(ours[:, 2:], expected, atol=1e-4)
+    assert torch.allclose(others[:, -3:], alone(module)[1], atol=1e-4)
+
+
 # -- decoders
 
 

@@ -17,7 +17,7 @@ from nnsight import InputError
 from nnsight.protocols import Inputs
 from nnsight_hf.embeddings import embeddings_of, input_device
 from nnsight_hf.errors import MissingTokenizerError
-from nnsight_hf.joining import PER_TOKEN, Prompt
+from nnsight_hf.joining import PER_TOKEN, SOURCES, Prompt
 from nnsight_hf.padding import Padding, has_left_padding, pad_id, padding_of, positions
 
 _FORMS = (
@@ -30,7 +30,6 @@ _NO_TOKENIZER = (
     "LanguageModel(model, tokenizer=tokenizer). For a name or folder it means that no tokenizer files are there: "
     "tokenizer=AutoTokenizer.from_pretrained(...) takes one from elsewhere. Token ids work without one."
 )
-_SOURCES = ("input_ids", "inputs_embeds")
 _BESIDE_IDS = PER_TOKEN.keys() - {"input_ids"}
 _FEW = 512
 
@@ -49,7 +48,7 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
         InputError: the input cannot be used, and why.
     """
     value, rest = _single_input(args, dict(kwargs))
-    if value is None and not any(rest.get(name) is not None for name in _SOURCES):
+    if value is None and not any(rest.get(name) is not None for name in SOURCES):
         return Inputs((), rest, None)
     padding = padding_of(module, tokenizer, method)
     encoding = _encode(value, tokenizer, module, padding) if value is not None else {}
@@ -64,7 +63,7 @@ def prepare(module: nn.Module, tokenizer: Any, method: str, args: tuple[Any, ...
     is_padded = not (is_plain and rows == 1) and has_left_padding(call.get("attention_mask"))
     counts_positions = padding.takes_positions and call.get("position_ids") is None
     if counts_positions and is_padded:
-        width = next(call[name] for name in _SOURCES if call.get(name) is not None).shape[1]
+        width = next(call[name] for name in SOURCES if call.get(name) is not None).shape[1]
         call["position_ids"] = positions(call["attention_mask"])[:, -width:]  # a mask may cover a cache as well
     device = input_device(module, embeddings)
     if device is not None:
@@ -85,7 +84,7 @@ def _single_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, d
 
 
 def _refuse_twice(encoding: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    given = [name for name in _SOURCES if kwargs.get(name) is not None]
+    given = [name for name in SOURCES if kwargs.get(name) is not None]
     if encoding and given:
         raise InputError(f"The input was given twice, positionally and as `{given[0]}=`. Give one of them.")
 
@@ -119,7 +118,7 @@ def _encoding(value: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             "One chat message was given; a conversation is a list of them: [{'role': ..., 'content': ...}]."
         )
-    if not any(found.get(name) is not None for name in _SOURCES):
+    if not any(found.get(name) is not None for name in SOURCES):
         raise InputError(f"An encoding needs input_ids or inputs_embeds, and this one has {sorted(map(str, found))}.")
     return found
 

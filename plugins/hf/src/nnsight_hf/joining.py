@@ -22,6 +22,10 @@ PER_TOKEN = {
 }  # fmt: skip
 
 
+#: Keywords that say what the tokens are.
+SOURCES = ("input_ids", "inputs_embeds")
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt(Inputs):
     """What one invoke feeds a language model.
@@ -49,14 +53,15 @@ def align(prompts: Sequence[Prompt], fill: int) -> list[Prompt]:
     """
     if len(prompts) > 1 and prompts[0].padding.rows_refusal:
         raise BatchError(prompts[0].padding.rows_refusal)
-    ids = [prompt.kwargs.get("input_ids") for prompt in prompts]
-    if len(prompts) < 2 or any(one is None for one in ids):
+    found = (name for name in SOURCES if all(prompt.kwargs.get(name) is not None for prompt in prompts))
+    source = next(found, None)
+    if len(prompts) < 2 or source is None:
         return list(prompts)
-    widths = {one.shape[1] for one in ids if one is not None}
+    widths = {prompt.kwargs[source].shape[1] for prompt in prompts}
     padding, padded = prompts[0].padding, list(prompts)
     if len(widths) > 1:
         padding.check()
-        padded = [_widen(prompt, max(widths), padding.side, fill) for prompt in prompts]
+        padded = [_widen(prompt, source, max(widths), padding.side, fill) for prompt in prompts]
     is_padded = len(widths) > 1 and padding.side == "left"
     if not is_padded and not any(prompt.has_left_padding for prompt in prompts):
         return padded
@@ -91,10 +96,14 @@ def copies_per_prompt(kwargs: dict[str, Any], default: Any) -> set[int]:
     return {1, *map(int, given)}
 
 
-def _widen(prompt: Prompt, width: int, side: str, fill: int) -> Prompt:
-    own = prompt.kwargs["input_ids"].shape[1]
+def _widen(prompt: Prompt, source: str, width: int, side: str, fill: int) -> Prompt:
+    rows, own = prompt.kwargs[source].shape[:2]
     missing = (width - own, 0) if side == "left" else (0, width - own)
     kwargs = dict(prompt.kwargs)
+    if source == "inputs_embeds":
+        embeds = kwargs[source]
+        kwargs[source] = pad(embeds, (0, 0, *missing))
+        kwargs.setdefault("attention_mask", torch.ones(rows, own, dtype=torch.long, device=embeds.device))
     for name, value in kwargs.items():
         if name in PER_TOKEN and isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == own:
             kwargs[name] = pad(value, missing, value=fill if name == "input_ids" else PER_TOKEN[name])
@@ -102,6 +111,6 @@ def _widen(prompt: Prompt, width: int, side: str, fill: int) -> Prompt:
 
 
 def _with_positions(prompt: Prompt) -> Prompt:
-    if not prompt.counts_positions:
+    if not prompt.counts_positions or "attention_mask" not in prompt.kwargs:
         return prompt
     return replace(prompt, kwargs={**prompt.kwargs, "position_ids": positions(prompt.kwargs["attention_mask"])})
