@@ -687,3 +687,9 @@ def test_argument_is_added(gpt, ids, remote):
 def test_unknown_place_is_an_error(net, x):
     with pytest.raises(InputError, match="mars"):
         net.trace(x, remote="mars")
+
+
+def test_model_is_shown_as_it_is(gpt, ids):
+    with gpt.trace(ids, remote="local"):
+        shown = save([str(gpt), str(gpt.transformer.h[0].mlp), str(gpt.lm_head._module)])
+    assert shown == [str(gpt), str(gpt.transformer.h[0].mlp), str(gpt.lm_head._module)]

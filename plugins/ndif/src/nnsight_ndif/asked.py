@@ -90,6 +90,8 @@ class Asked:
         match request:
             case [str(path), None]:
                 return self.value((True, next((p.dtype for p in self.module(path).parameters()), None)))
+            case [str(path), bool(is_envoy), ""]:
+                return self.value((True, repr(self.envoy(path) if is_envoy else self.module(path))))
             case [str(path), str(name)]:
                 return self._module_attribute(path, name)
             case _:

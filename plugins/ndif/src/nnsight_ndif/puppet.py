@@ -79,6 +79,9 @@ class StandIn(nn.Module):
             raise NotInRunnerError(f"A block in a runner cannot change the model: `{self._at}.{name}` was assigned.")
         super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        return str(self._link.ask(Kind.ATTRIBUTE, [self._at, False, ""])[1][1])
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         return self._refuse("parameters")
 
@@ -141,6 +144,9 @@ class StandInEnvoy(Envoy):
     @property
     def dtype(self) -> Any:
         return self._module._link.ask(Kind.ATTRIBUTE, [self._path, None])[1][1]  # type: ignore[union-attr, operator]
+
+    def __repr__(self) -> str:
+        return str(self._module._link.ask(Kind.ATTRIBUTE, [self._path, True, ""])[1][1])  # type: ignore[union-attr, operator]
 
     def _prepare(self, root: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         _, (handle, rows) = self._module._link.ask(Kind.PREPARE, [self._path, method, args, kwargs])  # type: ignore[union-attr, operator]
