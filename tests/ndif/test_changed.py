@@ -224,3 +224,25 @@ def test_error_is_told_although_what_was_saved_cannot_come_back(net, x):
             raise KeyError("no more")
     with pytest.raises(UnboundLocalError):
         _ = lost
+
+
+class Counter:
+    count = 0
+
+
+def test_attributes_of_envoys_and_classes_stay_and_are_told(net, x):
+    def program(remote):
+        with net.trace(x, remote=remote):
+            net[0].note = "seen"
+            Counter.count += 1
+            result = save(net.output)
+        return result
+
+    program(False)
+    assert (net[0].note, Counter.count) == ("seen", 1)
+    del net[0].note
+    with pytest.warns(RunnerWarning) as caught:
+        program("local")
+    told = sorted(str(warning.message) for warning in caught)
+    assert [text.split("`")[1] for text in told] == ["Counter.count", "model.0.note"]
+    assert not hasattr(net[0], "note") and Counter.count == 1

@@ -25,6 +25,7 @@ from nnsight_ndif.outside import Watch
 from nnsight_ndif.puppet import Helper, StandIn, StandInModel
 from nnsight_ndif.report import describe
 from nnsight_ndif.served import modes
+from nnsight_ndif.stays import Stays
 from nnsight_ndif.window import DTYPES, Window
 
 _CHUNK = 1 << 16
@@ -121,6 +122,7 @@ def _execute(
     model.untold = order["untold"]
     assert sent.outside is not None
     watch = Watch(sent.outside, lambda value: isinstance(value, nnsight.Envoy | StandIn | Helper), exposure.is_exposed)
+    stays = Stays(model, sent)
     exposure.forget()
     error = None
     try:
@@ -131,7 +133,8 @@ def _execute(
     ask = partial(link.ask, Kind.PART)
 
     def result() -> list[Any]:
-        return job.results(block.bound(), _saved, link.held, link.outgoing, ask, model, sent, watch)
+        *data, lost = job.results(block.bound(), _saved, link.held, link.outgoing, ask, model, sent, watch)
+        return [*data, [*lost, *stays.lost()]]
 
     return result, error
 
