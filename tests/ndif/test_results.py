@@ -238,3 +238,47 @@ def test_what_cannot_come_back_is_named(net, x, make, told):
     with net.trace(x, remote="local"):
         found = net[0].output.save()
     assert torch.equal(found, net._module[0](x))
+
+
+def test_part_of_a_value_shares_its_memory_and_its_history(net, x, remote):
+    with net.trace(x, remote=remote):
+        hidden = net[0].output.save()
+        row = net[0].output[1].save()
+        column = hidden.t()[3].save()
+        apart = hidden.detach()[2].save()
+        wanted = hidden.detach()[0].requires_grad_().save()
+    assert row.requires_grad and not row.is_leaf and not apart.requires_grad
+    assert wanted.requires_grad and wanted.is_leaf
+    plain = net._module[0](x)
+    assert torch.equal(row, plain[1]) and torch.equal(column, plain[:, 3]) and torch.equal(apart, plain[2])
+    (found,) = torch.autograd.grad(row.sum() + 2 * column.sum(), net._module[0].weight)
+    (expected,) = torch.autograd.grad(plain[1].sum() + 2 * plain[:, 3].sum(), net._module[0].weight)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        hidden.zero_()
+    assert all(bool(part.eq(0).all()) for part in (row, column, apart, wanted))
+
+
+def test_part_of_a_value_is_as_that_was_edited(net, x, remote):
+    with torch.no_grad(), net.trace(x, remote=remote):
+        row = net[0].output[1].save()
+        net[0].output[:, 7] = 0
+        row[2:4] *= 5
+        result = net.output.save()
+    hidden = net._module[0](x).detach()
+    hidden[:, 7] = 0
+    hidden[1, 2:4] *= 5
+    assert torch.equal(row, hidden[1])
+    assert torch.equal(result, net._module[2](torch.relu(hidden)))
+
+
+def test_rows_of_invokes_have_their_history(net, x, remote):
+    with net.trace(remote=remote) as tracer:
+        with tracer.invoke(x[:1]):
+            first = net[0].output.save()
+        with tracer.invoke(x[1:]):
+            second = net[0].output.save()
+    assert first.shape == (1, 8) and second.shape == (2, 8)
+    (found,) = torch.autograd.grad(second.sum(), net._module[0].weight)
+    (expected,) = torch.autograd.grad(net._module[0](x[1:]).sum(), net._module[0].weight)
+    torch.testing.assert_close(found, expected)

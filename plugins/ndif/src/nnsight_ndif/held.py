@@ -197,9 +197,24 @@ class Held:
         """
         number = self._numbers.get(id(value))
         if number is None:
-            return None
+            return self._part(value) if type(value) is torch.Tensor else None
         is_same = isinstance(value, torch.Tensor | Opaque) or self._is_untouched(number, value)
         return Special("same", number) if is_same else None
+
+    def _part(self, tensor: torch.Tensor) -> Any:
+        """Return the data that stands for a view of a tensor that came from the model, None for any other tensor."""
+        if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
+            return None
+        place = exposure.address(tensor)
+        for number in self._versions:
+            base = self._known(number)
+            if base is None or base.dtype != tensor.dtype or not is_within(base, tensor, place):
+                continue
+            history = "none" if not tensor.requires_grad else "leaf" if tensor.is_leaf else "part"
+            return Special(
+                "part", [number, list(tensor.shape), list(tensor.stride()), tensor.storage_offset(), history]
+            )
+        return None
 
     def pack(self, value: Any) -> Any:
         """Return the data that stands for a value.
@@ -237,6 +252,14 @@ class Held:
         if number is None:
             return Special("made", [kind.__module__, kind.__qualname__, items, fields])
         return Special("object", [number, items, fields])
+
+
+def is_within(base: torch.Tensor, tensor: torch.Tensor, place: int) -> bool:
+    """Return whether all of a tensor, whose storage is at `place`, is in the memory of another, dense one."""
+    if exposure.address(base) != place or not base.is_contiguous() or base.storage_offset():
+        return False
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.storage_offset() + last < base.numel()
 
 
 def contents(value: Any, found: list[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ new data is copied out of the window before it is looked at.
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -21,6 +22,7 @@ from nnsight_ndif.values import PLAIN, pack_simple, same_bytes, unknown, unpack_
 from nnsight_ndif.window import Window
 from nnsight_ndif.wire import Special
 
+_MAX_DIMENSIONS = 64
 _MAX_SHOWN = 1_000_000
 
 
@@ -209,6 +211,8 @@ class Shown:
                     return leaf.clone()  # the model may edit it in place, which a leaf does not allow
             case Special("same", int(number)):
                 return self._value(number)
+            case Special("part", [int(number), list(shape), list(steps), int(offset), str(history)]):
+                return part_of(self._tensor(number), shape, steps, offset, history)
             case Special("module", str(path)) if path in self._modules:
                 return self._modules[path]
             case Special("named", list(items)):
@@ -274,6 +278,33 @@ class Shown:
         if not isinstance(found, torch.Tensor):
             raise FrameError(f"a message takes the value {number} for a tensor")
         return found
+
+
+def part_of(base: torch.Tensor, shape: list[Any], steps: list[Any], offset: int, history: str) -> torch.Tensor:
+    """Return a view of a tensor, as a block has one of what it was shown.
+
+    Args:
+        base: the tensor.
+        shape: that of the view; `steps` and `offset` are counted in elements of the tensor laid out densely.
+        history: whether the view is a "part" of what the tensor was computed from, a "leaf" of its own, or "none".
+
+    Raises:
+        FrameError: it is not within the tensor.
+    """
+    numbers = [*shape, *steps, offset]
+    if (
+        len(shape) != len(steps)
+        or len(shape) > _MAX_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers)
+    ):
+        raise FrameError("a part of a tensor in a message is malformed")
+    last = sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+    if not all(shape) or offset + last >= base.numel() or math.prod(shape) > 1 << 40:
+        raise FrameError("a part of a tensor in a message is not within it")
+    with torch.set_grad_enabled(history == "part"):
+        whole = (base if history == "part" else base.detach()).contiguous()
+        part = whole.as_strided(shape, steps, whole.storage_offset() + offset)
+    return part.requires_grad_() if history == "leaf" or (history == "part" and part.is_leaf) else part
 
 
 def fit(new: Any, old: Any, where: str) -> Any:
