@@ -147,11 +147,11 @@ def compare(seeds, count, folder):
     return good
 
 
-@pytest.mark.parametrize("chunk", range(10))
+@pytest.mark.parametrize("chunk", range(5))
 def test_a_captured_block_does_what_the_same_statements_do_in_their_frame(chunk, tmp_path):
     assert compare(range(chunk * 30, chunk * 30 + 30), 1, tmp_path) > 5
 
 
-@pytest.mark.parametrize("chunk", range(10))
+@pytest.mark.parametrize("chunk", range(5))
 def test_blocks_that_ask_for_nothing_do_what_their_statements_do_one_after_another(chunk, tmp_path):
     assert compare(range(chunk * 30, chunk * 30 + 30), 3, tmp_path) > 5
