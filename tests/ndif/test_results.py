@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight import save
+from nnsight import PayloadWarning, save
 
 
 class Mode(enum.Enum):
@@ -270,6 +270,32 @@ def test_part_of_a_value_is_as_that_was_edited(net, x, remote):
     hidden[1, 2:4] *= 5
     assert torch.equal(row, hidden[1])
     assert torch.equal(result, net._module[2](torch.relu(hidden)))
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_gradients_that_end_at_what_the_block_has_made_are_told(net, x, is_edited):
+    with net.trace(x, remote="local"):
+        hidden = net[0].output
+        if is_edited:
+            hidden[:, 7] = 0
+        else:
+            hidden = hidden * 2
+        hidden = hidden.save()
+    with pytest.warns(PayloadWarning, match=r"Gradients end at a value .* Call backward inside of the block") as told:
+        hidden.sum().backward()
+    assert told[0].filename == __file__
+    hidden.detach().requires_grad_().sum().backward()
+
+
+def test_leaf_of_the_callers_gets_its_gradient_after_the_block(net):
+    given = torch.ones(2, 4)
+    with net.trace(given, remote="local"):
+        given_there = net.input.requires_grad_().save()
+        result = net.output.save()
+    result.sum().backward()
+    expected = torch.ones(2, 4, requires_grad=True)
+    net._module(expected).sum().backward()
+    torch.testing.assert_close(given_there.grad, expected.grad)
 
 
 def test_rows_of_invokes_have_their_history(net, x, remote):

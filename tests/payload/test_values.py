@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight import NNsight, UnsendableError
+from nnsight import NNsight, PayloadWarning, UnsendableError
 from nnsight.payload.packing import MAX_DEPTH
 
 
@@ -290,7 +290,9 @@ def test_computed_tensor_can_be_edited_in_place_as_it_could(send):
     row *= 5
     computed += 1
     assert computed.tolist() == [[11.0] * 3, [3.0] * 3] and row.tolist() == [11.0] * 3
-    computed.sum().backward()  # ends here: what it was computed from has stayed there
+    with pytest.warns(PayloadWarning, match="Gradients end at a value") as told:
+        computed.sum().backward()
+    assert told[0].filename == __file__
 
 
 def test_conjugated_and_negated_views(send):

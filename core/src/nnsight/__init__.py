@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from nnsight.errors import OutOfOrderError as OutOfOrderError
     from nnsight.errors import OutsideTraceError as OutsideTraceError
     from nnsight.errors import PayloadError as PayloadError
+    from nnsight.errors import PayloadWarning as PayloadWarning
     from nnsight.errors import PluginConflictError as PluginConflictError
     from nnsight.errors import PluginDisabledError as PluginDisabledError
     from nnsight.errors import PluginError as PluginError
@@ -83,7 +84,7 @@ _PUBLIC = {
         "ConformanceError", "DeadlockError", "EditFileError", "GradientError", "InputError", "InvokeError",
         "MissedProviderError",
         "MissingPluginError", "NNsightError", "NamingError", "NoGraphError", "NoInputError", "NotCachedError", "NotInTreeError",  # noqa: E501
-        "OrphanError", "OutOfOrderError", "OutsideTraceError", "PayloadError", "PluginConflictError",
+        "OrphanError", "OutOfOrderError", "OutsideTraceError", "PayloadError", "PayloadWarning", "PluginConflictError",
         "PluginDisabledError", "PluginError", "PluginWarning", "ReadOnlyError", "RecomputeError", "SaveError",
         "ScanError", "StubError", "TracerStateError", "UnknownPluginError", "UnsendableError", "ViewError",
         "WrapError", "WrongThreadError",

@@ -121,6 +121,10 @@ class CacheFileError(NNsightError, OSError):
     """A cache could not be written to a file, or read from one."""
 
 
+class PayloadWarning(UserWarning):
+    """A value that has travelled is asked for what stayed at the other end."""
+
+
 class CacheWarning(UserWarning):
     """A cache does not hold everything that was asked for."""
 

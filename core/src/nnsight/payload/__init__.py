@@ -23,3 +23,4 @@ from nnsight.payload.sending import pack_blocks as pack_blocks
 from nnsight.payload.tree import describe_model as describe_model
 from nnsight.payload.tree import envoy_at as envoy_at
 from nnsight.payload.tree import model_key as model_key
+from nnsight.payload.views import warn_of_end as warn_of_end

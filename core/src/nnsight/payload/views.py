@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nnsight.errors import PayloadError
+from nnsight._warning import warn_user
+from nnsight.errors import PayloadError, PayloadWarning
 from nnsight.payload.tensors import DTYPES, dense_steps, is_plain
 
 _MAX_DIMENSIONS = 64
@@ -109,7 +110,19 @@ class _Computed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        warn_of_end()
         return None, None
+
+
+_END = (
+    "Gradients end at a value that a block in another process has computed or edited: what it was made of has stayed "
+    "there, so nothing before it gets any. Call backward inside of the block, or use `.detach()` if that is meant."
+)
+
+
+def warn_of_end() -> None:
+    """Tell the user that a pass of gradients has come to a value whose history has stayed at the other end."""
+    warn_user(_END, PayloadWarning, also=("torch", "nnsight_ndif"))
 
 
 def _wants_gradient(tensor: torch.Tensor, flags: str) -> bool:

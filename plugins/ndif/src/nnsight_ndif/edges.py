@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from nnsight import InputError
+from nnsight import InputError, payload
 from nnsight_ndif.errors import FrameError
 
 
@@ -22,6 +22,7 @@ class Edges:
 
     def __init__(self) -> None:
         self._edges: dict[int, GradientEdge] = {}
+        self._ends: list[int] = []
         self._kinds: dict[int, tuple[torch.Size, torch.dtype]] = {}
         self._before: dict[int, list[int]] = {}
         self._keys: dict[tuple[int, int], int] = {}
@@ -38,8 +39,13 @@ class Edges:
         self._add(self._last, edge, tensor)
         return [self._last, before]
 
-    def tie(self, leaf: torch.Tensor, key: Any) -> None:
+    def tie(self, leaf: torch.Tensor, key: Any, is_end: bool = True) -> None:
         """Give a key of the block's own to a leaf that stands for what it computed.
+
+        Args:
+            leaf: the leaf.
+            key: the key.
+            is_end: whether gradients end there once the block is over; else the leaf is one of the model's side.
 
         Raises:
             FrameError: the key is none, or has been given.
@@ -47,6 +53,8 @@ class Edges:
         if type(key) is not int or key >= 0 or key in self._edges:
             raise FrameError("a message gives a tensor a key that cannot be one")
         self._add(key, get_gradient_edge(leaf), leaf)
+        if is_end:
+            self._ends.append(key)
 
     def pull(self, key: Any, gradient: Any) -> list[torch.Tensor | None]:
         """Return the gradients of the edges before a tensor, given the tensor's own.
@@ -75,6 +83,11 @@ class Edges:
             for handle in handles:
                 handle.remove()
 
+    def close(self) -> None:
+        """The block is over: a pass that comes to what it has computed ends there from now on, and says so."""
+        for key in self._ends:
+            self._edges[key].node.register_prehook(_tell)
+
     def _add(self, key: int, edge: GradientEdge, tensor: torch.Tensor) -> None:
         self._edges[key] = edge  # which keeps the node, so that its `id` is not another one's
         self._kinds[key] = tensor.shape, tensor.dtype
@@ -95,6 +108,11 @@ class Edges:
                     seen.add(node)
                     todo.append(node)
         return list(found)
+
+
+def _tell(gradients: tuple[torch.Tensor | None, ...]) -> None:
+    if any(gradient is not None for gradient in gradients):
+        payload.warn_of_end()
 
 
 def _place(edge: GradientEdge) -> tuple[int, int]:

@@ -90,6 +90,7 @@ class Seat:
 
     def close(self) -> None:
         """Refer to nothing any more."""
+        self.shown.edges.close()
         self._answers.clear()
         self._blocks.clear()
 

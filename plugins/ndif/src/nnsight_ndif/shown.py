@@ -171,7 +171,7 @@ class Shown:
             raise FrameError("a message wants gradients of what has them, or cannot")
         if id(tensor) in self._tables:
             raise InputError("The block wants gradients of a weight that is frozen. Thaw it in the model, or clone it.")
-        self.edges.tie(tensor.requires_grad_(), key)
+        self.edges.tie(tensor.requires_grad_(), key, is_end=False)
 
     def _apply(self, tensor: torch.Tensor, new: torch.Tensor, is_certain: bool, number: int, key: Any) -> None:
         if new.shape != tensor.shape or new.dtype != tensor.dtype:
