@@ -95,15 +95,24 @@ def _candidates(lines: list[str], span: Span) -> Iterator[ast.With]:
 
 
 def _parse(lines: list[str], first: int, last: int) -> ast.stmt | None:
-    text = "".join(lines[first - 1 : last])
+    body = parse_lines("".join(lines[first - 1 : last]), first)
+    return body[0] if body else None
+
+
+def parse_lines(text: str, line: int) -> list[ast.stmt]:
+    """Return the statements that whole lines are, at their place in the file; none where they are something else.
+
+    Args:
+        text: the lines, indented as they are there.
+        line: the number of the first.
+    """
     is_indented = text[:1].isspace()
     try:
         # Behind as many empty lines, so that it gets its place in the file; the first line is never indented.
-        tree = ast.parse("\n" * (first - 2) + "if 1:\n" + text if is_indented else "\n" * (first - 1) + text)
-    except SyntaxError:
-        return None
-    body = tree.body[0].body if is_indented and isinstance(tree.body[0], ast.If) else tree.body
-    return body[0] if body else None
+        tree = ast.parse("\n" * (line - 2) + "if 1:\n" + text if is_indented else "\n" * (line - 1) + text)
+    except (SyntaxError, ValueError):
+        return []
+    return tree.body[0].body if is_indented and isinstance(tree.body[0], ast.If) else tree.body
 
 
 def _last_line(lines: list[str], first: int) -> int:
@@ -119,14 +128,15 @@ def _last_line(lines: list[str], first: int) -> int:
                     break
             elif token.type == tokenize.NEWLINE:
                 last = first + token.end[0] - 1
-                if depth == 0 and not _opens_body(lines, last):
+                if depth == 0 and not opens_body(lines, last):
                     break
     except (tokenize.TokenError, IndentationError):
         pass
     return last
 
 
-def _opens_body(lines: list[str], number: int) -> bool:
+def opens_body(lines: list[str], number: int) -> bool:
+    """Return whether a logical line that ends at line `number` is the head of a compound statement."""
     return lines[number - 1].split("#")[0].rstrip().endswith(":")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -95,8 +95,7 @@ class Names(ast.NodeVisitor):
         self.scan([*node.decorator_list, *node.bases, *node.keywords])
         inner = Names().scan(node.body)
         self.loaded |= inner.loaded - inner.globals - {"__class__"}  # its methods mean the class itself
-        self.rebound |= inner.nonlocals | inner.rebound
-        self.inner_globals |= inner.globals | inner.inner_globals
+        self._take_in(inner)
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
         self.visit(node.generators[0].iter)  # computed outside
@@ -111,8 +110,7 @@ class Names(ast.NodeVisitor):
         inner.scan(results)
         self.loaded |= inner.loaded - targets
         self.bound |= inner.bound  # a walrus binds outside
-        self.rebound |= inner.rebound
-        self.inner_globals |= inner.inner_globals
+        self._take_in(inner)
         self.unmovable += inner.unmovable
         self.uses_super |= inner.uses_super
 
@@ -121,8 +119,12 @@ class Names(ast.NodeVisitor):
     def _merge(self, inner: Names) -> None:
         own = inner.bound - inner.nonlocals - inner.globals
         self.loaded |= inner.loaded - own - inner.globals
-        self.rebound |= inner.nonlocals | inner.rebound - own
         self.deleted |= inner.deleted - own - inner.globals
+        self._take_in(inner, own)
+
+    def _take_in(self, inner: Names, own: Collection[str] = ()) -> None:
+        """Note what a scope inside declares for scopes around it, but for names that are its own."""
+        self.rebound |= inner.nonlocals | inner.rebound.difference(own)
         self.inner_globals |= inner.globals | inner.inner_globals
 
     def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:

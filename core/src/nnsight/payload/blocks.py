@@ -20,7 +20,7 @@ from nnsight.payload.defining import Definitions
 from nnsight.payload.names import attributes_of
 from nnsight.payload.outside import Outside
 from nnsight.payload.packing import Packer
-from nnsight.payload.sources import FUTURES, parse_lines, remember_lines, source_lines
+from nnsight.payload.sources import FUTURES, parse_one, remember_lines, source_lines
 from nnsight.payload.unpacking import Unpacker
 
 _MISSING = object()
@@ -183,7 +183,7 @@ def _block(data: dict[str, Any], filename: str, line: int, text: str) -> Block:
     if not 0 < line < 1 << 24 or not all(type(name) is str and name in FUTURES for name in futures):
         raise PayloadError("The block in this payload is at no place that it can be at.")
     try:
-        node = parse_lines(text, line)
+        node = parse_one(text, line)
     except (RecursionError, MemoryError) as error:
         raise PayloadError(f"The text of the block in this payload cannot be read: {error}.") from None
     if not isinstance(node, ast.With):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnsight.capture.compiler import class_node, function_node, owner_class
+from nnsight.capture.locate import opens_body, parse_lines
 from nnsight.capture.names import mangle
 from nnsight.capture.percode import PerCode
 from nnsight.capture.verify import differs
@@ -123,7 +124,7 @@ def _definitions(lines: list[str], code: types.CodeType) -> Iterable[Definition]
     if not 1 <= first <= len(lines):
         return
     last = _last_line(lines, first)
-    node = parse_lines("".join(lines[first - 1 : last]), first)
+    node = parse_one("".join(lines[first - 1 : last]), first)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == code.co_name:
         yield node
 
@@ -233,7 +234,7 @@ def parse_source(source: Source) -> ast.AST:
         SyntaxError: it does not parse.
     """
     if not source.is_lambda:
-        node = parse_lines(source.text, source.line)
+        node = parse_one(source.text, source.line)
         if node is None:
             raise SyntaxError(f"the source from {source.filename}:{source.line} is not one definition")
         return node
@@ -252,14 +253,9 @@ def _shift(node: ast.AST, lines: int, columns: int) -> None:
             setattr(node, line, getattr(node, line) + lines)
 
 
-def parse_lines(text: str, line: int) -> ast.stmt | None:
+def parse_one(text: str, line: int) -> ast.stmt | None:
     """Return the one statement that whole lines are, at its place in the file; None where they are something else."""
-    is_indented = text[:1].isspace()
-    try:
-        tree = ast.parse("\n" * (line - 2) + "if 1:\n" + text if is_indented else "\n" * (line - 1) + text)
-    except (SyntaxError, ValueError):
-        return None
-    body = tree.body[0].body if is_indented and isinstance(tree.body[0], ast.If) else tree.body
+    body = parse_lines(text, line)
     return body[0] if len(body) == 1 else None
 
 
@@ -288,12 +284,8 @@ def _last_line(lines: list[str], first: int) -> int:
             elif token.type == tokenize.NEWLINE:
                 last = first + token.end[0] - 1
                 at_start = depth == (1 if lines[first - 1][:1].isspace() else 0)
-                if is_begun and at_start and not _opens_body(lines, last):
+                if is_begun and at_start and not opens_body(lines, last):
                     break
     except (tokenize.TokenError, IndentationError):
         pass
     return last
-
-
-def _opens_body(lines: list[str], number: int) -> bool:
-    return lines[number - 1].split("#")[0].rstrip().endswith(":")
