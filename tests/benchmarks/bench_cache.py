@@ -8,16 +8,13 @@ forward; on a shared machine read the ratios.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
-from bench_trace import Toy
+from bench_trace import Case, Toy, measure
 from torch import nn
 
 from nnsight import NNsight
-
-Case = tuple[str, Callable[[], object], Callable[[], object]]
 
 
 def hooked(net: nn.Module, x: torch.Tensor, with_inputs: bool, dtype: torch.dtype | None) -> dict[str, object]:
@@ -60,21 +57,6 @@ def cases(net: Toy, x: torch.Tensor) -> list[Case]:
         ("and their inputs", cached(include_inputs=True), lambda: hooked(net, x, True, None)),
         ("as bfloat16", cached(dtype=torch.bfloat16), lambda: hooked(net, x, False, torch.bfloat16)),
     ]
-
-
-def measure(cases: list[Case], bare: Callable[[], object], rounds: int) -> None:
-    functions = [bare, *(function for _, ours, hooks in cases for function in (ours, hooks))]
-    best = [float("inf")] * len(functions)
-    for _ in range(rounds):
-        for index, function in enumerate(functions):
-            start = time.perf_counter_ns()
-            function()
-            best[index] = min(best[index], time.perf_counter_ns() - start)
-    print(f"bare forward {best[0] / 1e3:.0f} us; above it, in us:")
-    print(f"{'case':26}{'nnsight':>10}{'hooks':>10}{'ratio':>8}")
-    for number, (name, _, _) in enumerate(cases):
-        ours, hooks = (best[i] - best[0] for i in (1 + 2 * number, 2 + 2 * number))
-        print(f"{name:26}{ours / 1e3:10.1f}{hooks / 1e3:10.1f}{ours / hooks:8.2f}")
 
 
 def main() -> None:

@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_trace import Toy
+from bench_trace import Case, Toy, measure
 
 from nnsight import NNsight
-
-Case = tuple[str, Callable[[], object], Callable[[], object]]
 
 
 def cases(net: Toy, x: torch.Tensor) -> list[Case]:
@@ -83,25 +81,6 @@ def cases(net: Toy, x: torch.Tensor) -> list[Case]:
     ]
 
 
-def measure(net: Toy, x: torch.Tensor, rounds: int) -> None:
-    def bare() -> None:
-        net(x).sum().backward()
-
-    compared = cases(net, x)
-    functions = [bare, *(function for _, ours, hooks in compared for function in (ours, hooks))]
-    best = [float("inf")] * len(functions)
-    for _ in range(rounds):
-        for index, function in enumerate(functions):
-            start = time.perf_counter_ns()
-            function()
-            best[index] = min(best[index], time.perf_counter_ns() - start)
-    print(f"bare forward and backward {best[0] / 1e3:.0f} us; above it, in us:")
-    print(f"{'case':24}{'nnsight':>10}{'hooks':>10}")
-    for number, (name, _, _) in enumerate(compared):
-        ours, hooks = (best[i] - best[0] for i in (1 + 2 * number, 2 + 2 * number))
-        print(f"{name:24}{ours / 1e3:10.1f}{hooks / 1e3:10.1f}")
-
-
 def plain_backward(plain: Callable[..., object], rounds: int) -> None:
     """Time `t.backward()` of a scalar leaf with what torch has and with what stands there after a wrap."""
     wrapped = torch.Tensor.backward
@@ -126,7 +105,7 @@ def main() -> None:
     torch.manual_seed(0)
     plain = torch.Tensor.backward
     net, x = Toy().eval(), torch.randn(2, 4, 16)
-    measure(net, x, options.rounds)
+    measure(cases(net, x), lambda: net(x).sum().backward(), options.rounds, "forward and backward")
     plain_backward(plain, options.rounds)
 
 

@@ -113,19 +113,26 @@ def invoke_cases(net: Toy, x: torch.Tensor) -> list[Case]:
     return [(f"{count} invokes", invokes(count), by_hand(count)) for count in (1, 4, 64)]
 
 
-def measure(cases: list[Case], bare: Callable[[], object], rounds: int) -> None:
-    functions = [bare, *(function for _, ours, hooks in cases for function in (ours, hooks))]
+def minima(functions: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Return the least time of each function, called in turn, in nanoseconds."""
     best = [float("inf")] * len(functions)
     for _ in range(rounds):
         for index, function in enumerate(functions):
             start = time.perf_counter_ns()
             function()
             best[index] = min(best[index], time.perf_counter_ns() - start)
-    print(f"bare forward {best[0] / 1e3:.0f} us; above it, in us:")
-    print(f"{'case':24}{'nnsight':>10}{'hooks':>10}")
+    return best
+
+
+def measure(cases: list[Case], bare: Callable[[], object], rounds: int, what: str = "forward") -> None:
+    """Print what each case costs above the bare function, beside hooks that do the same, and the ratio of the two."""
+    best = minima([bare, *(function for _, ours, hooks in cases for function in (ours, hooks))], rounds)
+    print(f"bare {what} {best[0] / 1e3:.0f} us; above it, in us:")
+    print(f"{'case':26}{'nnsight':>10}{'hooks':>10}{'ratio':>8}")
     for number, (name, _, _) in enumerate(cases):
         ours, hooks = (best[i] - best[0] for i in (1 + 2 * number, 2 + 2 * number))
-        print(f"{name:24}{ours / 1e3:10.1f}{hooks / 1e3:10.1f}")
+        ratio = f"{ours / hooks:8.2f}" if hooks > 0 else ""
+        print(f"{name:26}{ours / 1e3:10.1f}{hooks / 1e3:10.1f}{ratio}")
 
 
 def wrapping() -> None:
