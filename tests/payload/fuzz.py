@@ -16,23 +16,14 @@ import time
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sent import Sent
 from torch import nn
 
-from nnsight import Capture, NNsight, PayloadError, payload
+from nnsight import NNsight, PayloadError, payload
 from nnsight.payload import container
 
 ROOM = 200 << 20
 SECONDS = 5
-
-
-class Sent(Capture):
-    what = "trace"
-
-    def __init__(self, envoy, *args):
-        self.envoy, self.arguments = envoy, (args, {})
-
-    def _captured(self, block):
-        self.bytes = b"".join(payload.write_run(self.envoy, "trace", self.arguments, block.scope))
 
 
 class Setting:

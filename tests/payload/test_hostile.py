@@ -11,20 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sent import Sent
 from torch import nn
 
-from nnsight import Capture, NNsight, NNsightError, PayloadError, payload
+from nnsight import NNsight, NNsightError, PayloadError, payload
 from nnsight.payload import container
-
-
-class Sent(Capture):
-    what = "trace"
-
-    def __init__(self, envoy, *args):
-        self.envoy, self.arguments = envoy, (args, {})
-
-    def _captured(self, block):
-        self.bytes = b"".join(payload.write_run(self.envoy, "trace", self.arguments, block.scope))
 
 
 class Setting:
