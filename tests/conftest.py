@@ -1,4 +1,8 @@
-"""What holds for every test: no network, and one torch thread, for torch only where a test imports it."""
+"""What holds for every test: no network, and one torch thread, for torch only where a test imports it.
+
+Where the system cannot isolate blocks as they should be (many containers), those of the tests run with what there is:
+they are our own. Which measures are missing is printed at the start, and the tests of isolation itself are skipped.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from nnsight_ndif import isolation
+
+WAIVED = "NNSIGHT_ALLOW_MISSING"
+_missing: dict[str, str] = {}
+
+
+def pytest_configure():
+    if WAIVED not in os.environ and sys.platform == "linux":
+        _missing.update(isolation.missing())
+        if _missing:
+            os.environ[WAIVED] = ",".join(_missing)
+
+
+def pytest_report_header():
+    return [f"runners without {name}: {reason}" for name, reason in _missing.items()]
 
 
 @pytest.fixture(autouse=True)
