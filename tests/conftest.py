@@ -1,4 +1,4 @@
-"""What holds for every test: no network, and one torch thread, for torch only where a test imports it.
+"""What holds for every test: no network, and one torch thread.
 
 Where the system cannot isolate blocks as they should be (many containers), those of the tests run with what there is:
 they are our own. Which measures are missing is printed at the start, and the tests of isolation itself are skipped.
